@@ -1,0 +1,1 @@
+"""The built-in plugins. Folders given with `--plugins` are appended to this namespace."""

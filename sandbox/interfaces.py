@@ -1,0 +1,399 @@
+"""What each swappable part must be able to do. Every tensor that crosses a seam is named here.
+
+Axes: b images, h w pixels or cells, l tokens of an image, n tokens of one step (or rows), p keys,
+c code channels, v vocabulary entries, d model or feature width.
+Values: images lie in [-1, 1]; ids in [0, v); labels in [0, num_classes], the last of which means
+"no class" and is what guidance is measured against. A part is built as `Class(params, *handed)`,
+where `params` is its own nested `Params`; what is handed over stands in each docstring.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sandbox.layout import Layout, Mask
+
+Split = Literal["train", "validation"]
+Role = Literal["tokenizer", "generator", "features"]
+Watch = Callable[[int, Tensor], None]
+"""Called with a step's index and the images decoded from the steps so far, `b 3 h w`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Labelled images."""
+
+    images: Float[Tensor, "b 3 h w"]
+    labels: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All that a backbone may know about the tokens it predicts."""
+
+    layout: Layout
+    vocab_size: int
+    code_dim: int
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a generator is to generate. `tokenizer` is None where the recipe names none."""
+
+    image_size: tuple[int, int]
+    num_classes: int
+    tokenizer: "Tokenizer | None"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a tokenizer makes of images while it is trained."""
+
+    images: Float[Tensor, "b 3 h w"]
+    ids: Int[Tensor, "b l"]
+    loss: Float[Tensor, ""]
+    """The quantizer's own loss (codebook and commitment), to be added to those of the task."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`total` is differentiated; `parts` are detached scalars for the curves."""
+
+    total: Float[Tensor, ""]
+    parts: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A batch of images with what a feature extractor sees in them; images in [0, 1]."""
+
+    images: Float[Tensor, "b 3 h w"]
+    features: Float[Tensor, "b d"]
+    logits: Float[Tensor, "b k"]
+    labels: Int[Tensor, " b"]
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """One attention call, described: what a backend can say yes or no to beforehand."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    num_queries: int
+    num_keys: int
+    mask: Mask
+    needs_grad: bool
+
+
+@runtime_checkable
+class ScaleSchedule(Protocol):
+    """Makes the layout. Built as `Class(params)`."""
+
+    def layout(self) -> Layout: ...
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """Images to a feature map and back; an `nn.Module`. Built as `Class(params)`."""
+
+    code_dim: int
+    downsample: int
+    """Pixels a cell's side covers."""
+
+    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]: ...
+
+    def decode(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]: ...
+
+
+@runtime_checkable
+class Codebook(Protocol):
+    """Vectors to ids and back; an `nn.Module` in float32. Built as `Class(params, code_dim)`."""
+
+    vocab_size: int
+    code_dim: int
+
+    def nearest(self, vectors: Float[Tensor, "n c"]) -> Int[Tensor, " n"]: ...
+
+    def embed(self, ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes c"]: ...
+
+    def seed(self, vectors: Float[Tensor, "n c"], group: int, num_groups: int) -> None:
+        """Initialise the share of the codes that belongs to `group` (a scale) from its vectors."""
+
+    def observe(self, vectors: Sequence[Tensor], ids: Sequence[Tensor]) -> None:
+        """Take note of one training batch: per group, its vectors (`n c`) and their ids (`n`)."""
+
+    def after_step(
+        self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
+    ) -> Mapping[str, float | Tensor]:
+        """Care for the codes after an optimiser step (averages, restarts); returns scalars."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to ids and back, and ids to what a backbone reads. Built as `Class(params)`.
+
+    A *canvas* is the feature map that the steps so far add up to, `b c h w`. A step's *context* is
+    what the backbone reads before it predicts that step: always code vectors, zeros at the first.
+    """
+
+    layout: Layout
+    vocab_size: int
+    code_dim: int
+    image_size: tuple[int, int]
+
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]: ...
+
+    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 h w"]: ...
+
+    def contexts(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l c"]:
+        """What the backbone reads at every token, when all earlier ids are known."""
+
+    def embed(self, ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes c"]:
+        """The code vectors that ids stand for."""
+
+    def canvas(self, batch_size: int) -> Float[Tensor, "b c h w"]:
+        """An empty canvas."""
+
+    def paint(
+        self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n c"], step: int
+    ) -> Float[Tensor, "b c h w"]:
+        """The canvas with one step's codes added; the one given is left as it was."""
+
+    def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
+        """One step's share of `contexts`, from the canvas of the steps before it."""
+
+    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The images a canvas stands for, in [-1, 1]."""
+
+
+@runtime_checkable
+class TrainableTokenizer(Tokenizer, Protocol):
+    """A tokenizer (an `nn.Module`) that the task `train-tokenizer` can fit."""
+
+    def reconstruct(self, images: Float[Tensor, "b 3 h w"]) -> Reconstruction:
+        """Encode, quantize, decode with gradients. The first training batch may initialise."""
+
+    def after_step(
+        self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
+    ) -> Mapping[str, float | Tensor]:
+        """Care for the codebook after an optimiser step; `progress` runs from 0 to 1."""
+
+
+@runtime_checkable
+class AttentionBackend(Protocol):
+    """Computes attention, or says why it cannot; never ignores a mask. Built as `Class(params)`."""
+
+    def refusal(self, request: AttentionRequest) -> str | None:
+        """Why this call cannot be honoured, or None if it can."""
+
+    def attend(
+        self,
+        q: Float[Tensor, "b heads n e"],
+        k: Float[Tensor, "b heads p e"],
+        v: Float[Tensor, "b heads p e"],
+        mask: Mask,
+        scale: float,
+    ) -> Float[Tensor, "b heads n e"]:
+        """`softmax(scale q k^T) v` under the mask. Raises ValueError where `refusal` has one."""
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Contexts and labels to logits; an `nn.Module`. Built as `Class(params, tokens)`."""
+
+    def forward(
+        self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b l v"]:
+        """Logits of every token at once, for training (teacher forcing)."""
+
+    def begin(self, labels: Int[Tensor, " b"]) -> Any:
+        """A fresh state (an empty key-value cache) for a batch of new images."""
+
+    def step(
+        self, state: Any, context: Float[Tensor, "b n c"], step: int
+    ) -> Float[Tensor, "b n v"]:
+        """The rows of `forward` that belong to one step; moves `state` on."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must not touch (timm's convention)."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Logits to ids. `progress` runs from 0 at the first step to 1 at the last.
+
+    A sampler may also have `soften(logits, progress, rng) -> Float["b n v"]`: weights over the
+    vocabulary whose mean code is painted in place of the drawn one. Built as `Class(params)`.
+    """
+
+    def guidance(self, progress: float) -> float:
+        """The weight t of `(1 + t) with_label - t without` (classifier-free guidance)."""
+
+    def draw(
+        self, logits: Float[Tensor, "b n v"], progress: float, rng: torch.Generator
+    ) -> Int[Tensor, "b n"]: ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """How wrong predicted logits are. Built as `Class(params)`."""
+
+    def losses(
+        self, logits: Float[Tensor, "b l v"], ids: Int[Tensor, "b l"], layout: Layout
+    ) -> Float[Tensor, "b l"]:
+        """The loss of every token; their mean is what training minimises."""
+
+
+@runtime_checkable
+class ImageLoss(Protocol):
+    """How far a reconstruction is from its image. Built as `Class(params)`."""
+
+    def loss(
+        self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, ""]: ...
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """What is trained and sampled from. Built as `Class(params, subject)`."""
+
+    network: nn.Module
+    """What the optimiser trains and a checkpoint keeps."""
+
+    def prepare(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
+        """What `loss` reads of images; depends on nothing trained here, so it can be cached."""
+
+    def loss(self, prepared: Tensor, labels: Int[Tensor, " b"]) -> Losses: ...
+
+    def generate(
+        self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """One image a label."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Labelled images, at random access. Built as `Class(params)`."""
+
+    num_classes: int
+    class_names: Sequence[str]
+    image_size: tuple[int, int]
+
+    def size(self, split: Split) -> int:
+        """How many images a split has."""
+
+    def batch(self, split: Split, indices: Int[Tensor, " b"], rng: torch.Generator) -> Batch:
+        """The images at `indices`; augmentation draws from `rng` alone."""
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """The network whose features a score reads. Built as `Class(params, image_size, num_classes)`.
+
+    `label` names it in every score, as in `fid[inception]`; `network` is an `nn.Module` whose weights
+    come from a file named in its params or from the task `train-classifier`.
+    """
+
+    label: str
+    network: nn.Module
+
+    def features(
+        self, images: Float[Tensor, "b 3 h w"]
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k"]]:
+        """Features and class logits of images in [-1, 1]."""
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A score over images, fed in batches. Built as `Class(params)`.
+
+    `paired` metrics compare image by image (PSNR, SSIM) and mean something for reconstructions only.
+    """
+
+    paired: bool
+
+    def update(self, real: Evidence | None, fake: Evidence | None) -> None:
+        """Take in a batch of each; either may be None when one side has run out."""
+
+    def compute(self) -> Mapping[str, float]:
+        """Score name to value; names carry no extractor, the evaluation adds it."""
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Watches a run: implements any of `sandbox.hooks.ObserverHooks`. Built as `Class(params)`."""
+
+
+@runtime_checkable
+class Run(Protocol):
+    """What a task is handed: the recipe's parts, built on first use, and the run's folder."""
+
+    folder: Path
+    """The run folder. A task keeps what it makes in `task_folder`, below it."""
+    label: str
+    """The running task, as in `2-train-generator`."""
+    device: torch.device
+    seed: int
+
+    @property
+    def task_folder(self) -> Path: ...
+
+    @property
+    def dataset(self) -> Dataset: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def generator(self) -> Generator: ...
+
+    @property
+    def features(self) -> FeatureExtractor: ...
+
+    @property
+    def num_classes(self) -> int:
+        """The data set's, or the recipe's where it names no data set."""
+
+    def settings(self, role: Role) -> Mapping[str, Any]:
+        """The recipe's part in that role as a mapping, defaults included."""
+
+    def has_weights(self, role: Role) -> bool:
+        """Whether the part's weights come from a file: the recipe's, or one this run has trained."""
+
+    def rng(self, *salt: str | int) -> torch.Generator:
+        """A fresh generator on `device`, seeded from the run's seed, the task and `salt`."""
+
+    def save_weights(
+        self, role: Role, state: Mapping[str, Tensor], **facts: str | int | float
+    ) -> Path:
+        """Keep trained weights as `weights/<role>.safetensors`, for the tasks and runs to come."""
+
+    def report(self, done: int, total: int, **scalars: float) -> None:
+        """Tell the observers how far the task is; scalars are also kept in `log.jsonl`."""
+
+    def picture(self, name: str, images: Float[Tensor, "b 3 h w"], columns: int) -> Path:
+        """Save images in [-1, 1] as one PNG grid in the task's folder."""
+
+    def say(self, text: str) -> None:
+        """Tell the person who watches something in plain words; also kept in `log.jsonl`."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """One stage of a run: train, sample, evaluate. Built as `Class(params)`.
+
+    The result (JSON values) is kept in the task's folder; a task whose result is there is skipped.
+    A task that was stopped half-way is called again and goes on from what it kept.
+    """
+
+    def plan(self, run: Run) -> Mapping[str, str]:
+        """What the task will do and cost, label to text, before it does it."""
+
+    def run(self, run: Run) -> Mapping[str, Any]: ...

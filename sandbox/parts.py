@@ -1,0 +1,88 @@
+"""A part is a component named in a recipe: which class, with which checked params.
+
+A field typed `Part[Sampler]` accepts `{name: top-k-top-p, top_k: 900}`. The class registered as the
+sampler "top-k-top-p" checks the rest of the mapping against its own `Params`, so a slot can stand
+anywhere, a plugin's own params included.
+"""
+
+from typing import Any, Generic, Self, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+
+from sandbox.errors import did_you_mean
+
+T = TypeVar("T")
+
+
+class Params(BaseModel):
+    """What a recipe may set on a component. Unknown keys are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _suggest_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                cls.__name__, [cls._suggest(details) for details in error.errors()]
+            ) from None
+
+    @classmethod
+    def _suggest(cls, details: Any) -> InitErrorDetails:
+        message = details["msg"].removeprefix("Value error, ")
+        if details["type"] == "extra_forbidden" and len(details["loc"]) == 1:
+            key, known = str(details["loc"][0]), cls.model_fields
+            message = "unknown key" + (did_you_mean(key, known) or f" (known: {', '.join(known)})")
+        kind = PydanticCustomError(details["type"], "{message}", {"message": message})
+        return InitErrorDetails(type=kind, loc=details["loc"], input=details["input"])
+
+
+class Part(Generic[T]):
+    """A component that is chosen and configured but not yet built."""
+
+    def __init__(self, name: str, cls: type[T], params: Params) -> None:
+        self.name, self.cls, self.params = name, cls, params
+
+    def build(self, *handed: Any) -> T:
+        """Build it, with what the caller hands over and a recipe cannot know."""
+        return self.cls(self.params, *handed)  # type: ignore[call-arg]  # see interfaces.py
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as a recipe would state it, defaults included."""
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        (interface,) = get_args(source)
+
+        def check(value: Any, info: core_schema.ValidationInfo) -> "Part[T]":
+            if isinstance(value, str):  # a bare name is a part with its defaults
+                value = {"name": value}
+            if isinstance(value, Part):
+                return value
+            if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+                raise PydanticCustomError("part", "expected a name or a mapping with a 'name'")
+            if not info.context or "registry" not in info.context:
+                raise PydanticCustomError("part", "a part by name needs a registry: see load_recipe")
+            component = info.context["registry"].find(interface, value["name"])
+            settings = {key: v for key, v in value.items() if key != "name"}
+            params = component.Params.model_validate(settings, context=info.context)
+            return Part(value["name"], component, params)
+
+        return core_schema.with_info_plain_validator_function(
+            check, serialization=core_schema.plain_serializer_function_ser_schema(Part.to_dict)
+        )

@@ -1,0 +1,77 @@
+"""The one sampling loop: the same for every layout, tokenizer, backbone and sampler.
+
+VAR, arXiv 2404.02905, Algorithm 2, with classifier-free guidance as published: at progress r from 0
+to 1, logits = (1 + t) with_label - t without, where t = guidance(r).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sandbox.interfaces import Backbone, Sampler, Tokenizer, Watch
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Ids that are not to be drawn anew: where `mask` is True the given id stands (in-painting)."""
+
+    ids: Int[Tensor, "b l"]
+    mask: Bool[Tensor, "b l"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The ids drawn and the canvas they add up to (with smoothing, not quite the ids' own)."""
+
+    ids: Int[Tensor, "b l"]
+    canvas: Float[Tensor, "b c h w"]
+
+
+@torch.inference_mode()
+def sample(
+    tokenizer: Tokenizer,
+    backbone: Backbone,
+    sampler: Sampler,
+    labels: Int[Tensor, " b"],
+    rng: torch.Generator,
+    *,
+    no_label: int,
+    keep: Keep | None = None,
+    watch: Watch | None = None,
+) -> Sampled:
+    """Sample the ids of one image a label, step by step.
+
+    `no_label` is the label that means "no class". `rng` lives on the labels' device.
+    """
+    num_steps = len(tokenizer.layout.steps)
+    progress = [index / max(1, num_steps - 1) for index in range(num_steps)]
+    guided = any(sampler.guidance(r) != 0 for r in progress)
+    rows = torch.cat([labels, torch.full_like(labels, no_label)]) if guided else labels
+    canvas, state, drawn = tokenizer.canvas(len(labels)), backbone.begin(rows), []
+    for index, span in enumerate(tokenizer.layout.spans):
+        context = tokenizer.context(canvas, index)
+        logits = backbone.step(state, torch.cat([context] * 2) if guided else context, index)
+        if guided:
+            with_label, without = logits.float().chunk(2)
+            t = sampler.guidance(progress[index])
+            logits = (1 + t) * with_label - t * without
+        ids = sampler.draw(logits.float(), progress[index], rng)
+        codes = None
+        if soften := getattr(sampler, "soften", None):
+            weights = soften(logits.float(), progress[index], rng)
+            if weights is not None:
+                every = torch.arange(tokenizer.vocab_size, device=ids.device)
+                codes = weights @ tokenizer.embed(every)
+        if codes is None:
+            codes = tokenizer.embed(ids)
+        if keep is not None:
+            kept = keep.mask[:, span]
+            ids = torch.where(kept, keep.ids[:, span], ids)
+            codes = torch.where(kept[..., None], tokenizer.embed(ids), codes)
+        canvas = tokenizer.paint(canvas, codes, index)
+        drawn.append(ids)
+        if watch is not None:
+            watch(index, tokenizer.render(canvas))
+    return Sampled(torch.cat(drawn, dim=1), canvas)
