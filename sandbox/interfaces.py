@@ -7,89 +7,23 @@ Values: images lie in [-1, 1]; ids in [0, v); labels in [0, num_classes], the la
 where `params` is its own nested `Params`; what is handed over stands in each docstring.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sandbox.layout import Layout, Mask
-
-Split = Literal["train", "validation"]
-Role = Literal["tokenizer", "generator", "features"]
-Watch = Callable[[int, Tensor], None]
-"""Called with a step's index and the images decoded from the steps so far, `b 3 h w`."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Labelled images."""
-
-    images: Float[Tensor, "b 3 h w"]
-    labels: Int[Tensor, " b"]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """All that a backbone may know about the tokens it predicts."""
-
-    layout: Layout
-    vocab_size: int
-    code_dim: int
-    num_classes: int
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a generator is to generate. `tokenizer` is None where the recipe names none."""
-
-    image_size: tuple[int, int]
-    num_classes: int
-    tokenizer: "Tokenizer | None"
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What a tokenizer makes of images while it is trained."""
-
-    images: Float[Tensor, "b 3 h w"]
-    ids: Int[Tensor, "b l"]
-    loss: Float[Tensor, ""]
-    """The quantizer's own loss (codebook and commitment), to be added to those of the task."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """`total` is differentiated; `parts` are detached scalars for the curves."""
-
-    total: Float[Tensor, ""]
-    parts: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A batch of images with what a feature extractor sees in them; images in [0, 1]."""
-
-    images: Float[Tensor, "b 3 h w"]
-    features: Float[Tensor, "b d"]
-    logits: Float[Tensor, "b k"]
-    labels: Int[Tensor, " b"]
-
-
-@dataclass(frozen=True)
-class AttentionRequest:
-    """One attention call, described: what a backend can say yes or no to beforehand."""
-
-    device: str
-    dtype: torch.dtype
-    head_dim: int
-    num_queries: int
-    num_keys: int
-    mask: Mask
-    needs_grad: bool
+from sandbox.values import (
+    AttentionRequest,
+    Batch,
+    Evidence,
+    Losses,
+    Reconstruction,
+    Split,
+    Watch,
+)
 
 
 @runtime_checkable
@@ -297,8 +231,8 @@ class Dataset(Protocol):
 class FeatureExtractor(Protocol):
     """The network whose features a score reads. Built as `Class(params, image_size, num_classes)`.
 
-    `label` names it in every score, as in `fid[inception]`; `network` is an `nn.Module` whose weights
-    come from a file named in its params or from the task `train-classifier`.
+    `label` names it in every score, as in `fid[inception]`; the weights of `network` come from the
+    recipe's `weights.features` or from the task `train-classifier`.
     """
 
     label: str
@@ -314,7 +248,7 @@ class FeatureExtractor(Protocol):
 class Metric(Protocol):
     """A score over images, fed in batches. Built as `Class(params)`.
 
-    `paired` metrics compare image by image (PSNR, SSIM) and mean something for reconstructions only.
+    `paired` metrics compare image by image (PSNR, SSIM): they are for reconstructions only.
     """
 
     paired: bool
@@ -329,71 +263,3 @@ class Metric(Protocol):
 @runtime_checkable
 class Observer(Protocol):
     """Watches a run: implements any of `sandbox.hooks.ObserverHooks`. Built as `Class(params)`."""
-
-
-@runtime_checkable
-class Run(Protocol):
-    """What a task is handed: the recipe's parts, built on first use, and the run's folder."""
-
-    folder: Path
-    """The run folder. A task keeps what it makes in `task_folder`, below it."""
-    label: str
-    """The running task, as in `2-train-generator`."""
-    device: torch.device
-    seed: int
-
-    @property
-    def task_folder(self) -> Path: ...
-
-    @property
-    def dataset(self) -> Dataset: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def generator(self) -> Generator: ...
-
-    @property
-    def features(self) -> FeatureExtractor: ...
-
-    @property
-    def num_classes(self) -> int:
-        """The data set's, or the recipe's where it names no data set."""
-
-    def settings(self, role: Role) -> Mapping[str, Any]:
-        """The recipe's part in that role as a mapping, defaults included."""
-
-    def has_weights(self, role: Role) -> bool:
-        """Whether the part's weights come from a file: the recipe's, or one this run has trained."""
-
-    def rng(self, *salt: str | int) -> torch.Generator:
-        """A fresh generator on `device`, seeded from the run's seed, the task and `salt`."""
-
-    def save_weights(
-        self, role: Role, state: Mapping[str, Tensor], **facts: str | int | float
-    ) -> Path:
-        """Keep trained weights as `weights/<role>.safetensors`, for the tasks and runs to come."""
-
-    def report(self, done: int, total: int, **scalars: float) -> None:
-        """Tell the observers how far the task is; scalars are also kept in `log.jsonl`."""
-
-    def picture(self, name: str, images: Float[Tensor, "b 3 h w"], columns: int) -> Path:
-        """Save images in [-1, 1] as one PNG grid in the task's folder."""
-
-    def say(self, text: str) -> None:
-        """Tell the person who watches something in plain words; also kept in `log.jsonl`."""
-
-
-@runtime_checkable
-class Task(Protocol):
-    """One stage of a run: train, sample, evaluate. Built as `Class(params)`.
-
-    The result (JSON values) is kept in the task's folder; a task whose result is there is skipped.
-    A task that was stopped half-way is called again and goes on from what it kept.
-    """
-
-    def plan(self, run: Run) -> Mapping[str, str]:
-        """What the task will do and cost, label to text, before it does it."""
-
-    def run(self, run: Run) -> Mapping[str, Any]: ...

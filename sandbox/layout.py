@@ -8,7 +8,7 @@ prediction has one step a token. Nothing else in the sandbox may know which of t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,7 +52,7 @@ class Layout:
         Raises ValueError unless every map is at least as large as the one before it.
         """
         sizes = [(side, side) if isinstance(side, int) else side for side in sides]
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in pairwise(sizes):
             if after[0] < before[0] or after[1] < before[1] or after == before:
                 raise ValueError(f"the maps of a pyramid must grow, but {after} follows {before}")
         return cls(tuple(Step(h, w, tuple(range(h * w))) for h, w in sizes))
@@ -89,7 +89,7 @@ class Layout:
     def level_of_step(self) -> tuple[int, ...]:
         """The map (scale) that each step belongs to: raster has one level, a pyramid K."""
         levels = [0]
-        for before, after in zip(self.steps, self.steps[1:], strict=False):
+        for before, after in pairwise(self.steps):
             moved = (before.height, before.width) != (after.height, after.width)
             levels.append(levels[-1] + moved)
         return tuple(levels)

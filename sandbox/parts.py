@@ -77,7 +77,9 @@ class Part(Generic[T]):
             if not isinstance(value, dict) or not isinstance(value.get("name"), str):
                 raise PydanticCustomError("part", "expected a name or a mapping with a 'name'")
             if not info.context or "registry" not in info.context:
-                raise PydanticCustomError("part", "a part by name needs a registry: see load_recipe")
+                raise PydanticCustomError(
+                    "part", "a part by name needs a registry: see load_recipe"
+                )
             component = info.context["registry"].find(interface, value["name"])
             settings = {key: v for key, v in value.items() if key != "name"}
             params = component.Params.model_validate(settings, context=info.context)

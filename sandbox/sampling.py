@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sandbox.interfaces import Backbone, Sampler, Tokenizer, Watch
+from sandbox.interfaces import Backbone, Sampler, Tokenizer
+from sandbox.values import Watch
 
 
 @dataclass(frozen=True)

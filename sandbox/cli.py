@@ -1,0 +1,219 @@
+"""The command line: run, check, plugins, show, new, report, export.
+
+Exit status 0: done. 1: failed while running. 2: the user's mistake. Nothing here imports torch
+before a command needs it.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sandbox.errors import RunError, SandboxError
+
+if TYPE_CHECKING:
+    from sandbox.recipe import Recipe
+    from sandbox.registry import Registry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except SandboxError as error:
+        for line in str(error).splitlines():
+            print(f"sandbox: {line}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"sandbox: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "sandbox: stopped; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `sandbox plugins | head`
+        return 0
+    except Exception as error:
+        if os.environ.get("SANDBOX_TRACEBACK"):
+            raise
+        print(
+            f"sandbox: {type(error).__name__}: {' '.join(str(error).split())[:500]} "
+            "(SANDBOX_TRACEBACK=1 shows where; a run also keeps it in error.log)",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sandbox", description="A research sandbox for visual autoregressive image generation."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
+        sub.set_defaults(command=command)
+        sub.add_argument("--plugins", type=Path, action="append", default=[], metavar="FOLDER")
+        return sub
+
+    for name, command in (("run", _run), ("check", _check)):
+        sub = add(name, command)
+        sub.add_argument("recipe", type=Path)
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+        preview = sub.add_mutually_exclusive_group()
+        preview.add_argument("--full", action="store_true", help="never the recipe's preview")
+        preview.add_argument(
+            "--preview", action="store_true", help="the recipe's preview, anywhere"
+        )
+        if name == "run":
+            sub.add_argument("--out", type=Path, help="run folder; default runs/RECIPE")
+            sub.add_argument("--fresh", action="store_true", help="delete the run folder first")
+    add("plugins", _plugins).add_argument("--json", action="store_true")
+    add("show", _show).add_argument("name", help="a part's name, as in `var` or `sampler/greedy`")
+    sub = add("new", _new)
+    sub.add_argument("name", help="the plugin's name, as in my_sampler")
+    sub.add_argument("--kind", default="sampler", help="sampler, schedule, tokenizer, ...")
+    sub.add_argument("--folder", type=Path, default=Path("my_plugins"))
+    sub = add("report", _report)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--beside", type=Path, action="append", default=[], metavar="FOLDER")
+    sub = add("export", _export)
+    sub.add_argument("folder", type=Path, help="a run folder")
+    sub.add_argument("out", type=Path, help="a folder for the files in the published layout")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run a recipe, or go on with it."""
+    registry = _registry(arguments)
+    preview = _wants_preview(arguments)
+    recipe = _load(arguments, registry, preview)
+    from sandbox.run import execute
+
+    name = arguments.recipe.stem + ("-preview" if preview else "")
+    folder = arguments.out or Path("runs") / name
+    if arguments.fresh:
+        _delete_run(folder)
+    command = "sandbox " + shlex.join(sys.argv[1:])
+    execute(recipe, folder, name=arguments.recipe.stem, command=command)
+    return 0
+
+
+def _delete_run(folder: Path) -> None:
+    import shutil
+
+    if folder.exists() and not (folder / "recipe.yaml").exists():
+        raise SandboxError(
+            f"--fresh: {folder} is not a run folder; delete it yourself if you mean it"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wants_preview(arguments: argparse.Namespace) -> bool:
+    from sandbox.recipe import has_preview
+
+    declared = has_preview(arguments.recipe)
+    if arguments.preview and not declared:
+        raise SandboxError(f"{arguments.recipe}: the recipe declares no preview")
+    if arguments.preview or arguments.full or not declared:
+        return bool(arguments.preview)
+    import torch
+
+    if torch.cuda.is_available():
+        return False
+    print(
+        f"no GPU here: running the preview that {arguments.recipe} declares (--full runs all of it)"
+    )
+    return True
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Check a recipe without running it, and print it resolved."""
+    from sandbox.recipe import has_preview, to_yaml
+
+    registry = _registry(arguments)
+    recipe = _load(arguments, registry, arguments.preview)
+    if has_preview(arguments.recipe) and not arguments.full:
+        _load(arguments, registry, True)
+    print(to_yaml(recipe), end="")
+    return 0
+
+
+def _plugins(arguments: argparse.Namespace) -> int:
+    """List what is registered, from where, and what is broken."""
+    from sandbox.describe import table
+
+    registry = _registry(arguments)
+    rows = table(registry)
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        width = {key: max(len(row[key]) for row in rows) for key in ("interface", "name", "plugin")}
+        for row in rows:
+            left = "  ".join(row[key].ljust(width[key]) for key in width)
+            print(f"{left}  {row['summary']}\n{' ' * len(left)}  {row['where']}")
+    return 1 if registry.broken else 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    """Show a part's settings: types, ranges, defaults and documentation."""
+    from sandbox.describe import describe
+
+    print(describe(_registry(arguments), arguments.name))
+    return 0
+
+
+def _new(arguments: argparse.Namespace) -> int:
+    """Write a plugin's skeleton with a passing contract test."""
+    from sandbox.scaffold import write_plugin
+
+    for path in write_plugin(arguments.folder, arguments.name, arguments.kind):
+        print(path)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Write a run's HTML report again, beside other runs if named."""
+    from sandbox.interfaces import Observer
+    from sandbox.registry import Registry
+
+    registry: Registry = _registry(arguments)
+    if not (arguments.folder / "recipe.yaml").exists():
+        raise SandboxError(f"{arguments.folder} is not a run folder (it has no recipe.yaml)")
+    report = registry.find(Observer, "report")
+    observer = report(report.Params(beside=tuple(arguments.beside)))
+    print(observer.write(arguments.folder))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Export a run's weights in the layout of the published checkpoints."""
+    from sandbox.notebook import export, load
+
+    run = load(arguments.folder, plugins=arguments.plugins, device="cpu")
+    for path in export(run, arguments.out):
+        print(path)
+    return 0
+
+
+def _registry(arguments: argparse.Namespace) -> "Registry":
+    from sandbox.plugins import load_plugins
+
+    return load_plugins(arguments.plugins)
+
+
+def _load(arguments: argparse.Namespace, registry: "Registry", preview: bool) -> "Recipe":
+    from sandbox.recipe import load_recipe
+
+    return load_recipe(arguments.recipe, arguments.set, registry, preview=preview)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The same parts without a run: for notebooks and scripts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from sandbox.checkpoint import write_tensors
+from sandbox.errors import SandboxError
+from sandbox.plugins import load_plugins
+from sandbox.recipe import load_recipe
+from sandbox.run import LiveRun
+from sandbox.values import Role
+
+PUBLISHED_NAME = {"tokenizer": "vae", "generator": "var"}
+
+
+def load(
+    source: Path | str,
+    *overrides: str,
+    plugins: Sequence[Path] = (),
+    device: str = "auto",
+) -> LiveRun:
+    """The parts of a run folder (with what it trained) or of a recipe file.
+
+    `overrides` are as after `--set`. Nothing is written and no task is run. The result's `dataset`,
+    `tokenizer`, `generator` and `features` are built, with their weights, on first use.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder, path = path, path / "recipe.yaml"
+    else:
+        folder = Path("runs") / path.stem
+    recipe = load_recipe(path, [*overrides, f"device={device}"], load_plugins(plugins))
+    return LiveRun(recipe, folder)
+
+
+def export(run: LiveRun, out: Path) -> list[Path]:
+    """Write the run's tokenizer and generator with the published names and shapes."""
+    written = []
+    for role, name in PUBLISHED_NAME.items():
+        if not run.settings(cast(Role, role)):
+            continue
+        module: Any = run.tokenizer if role == "tokenizer" else run.generator.network
+        if not hasattr(module, "to_published"):
+            raise SandboxError(
+                f"the {role} {run.settings(cast(Role, role))['name']!r} has no published layout"
+            )
+        path = out / f"{name}.safetensors"
+        write_tensors(path, module.to_published())
+        written.append(path)
+    return written

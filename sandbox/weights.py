@@ -1,0 +1,124 @@
+"""Trained weights: where they come from, and whether they fit.
+
+A source is a local file, the folder of another run, or `hf://owner/repository/file` with an
+optional `@revision` and `#sha256=...`. A module that knows a published layout translates it itself, with
+`from_published(state) -> state | None`, and puts a state in plain words with `describe(state)`.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.checkpoint import read_tensors
+from sandbox.errors import SandboxError
+from sandbox.values import Role
+
+
+def load_weights(module: nn.Module, source: str, role: Role) -> str:
+    """Load `source` into `module`, strictly; return the sha256 of the file's bytes.
+
+    Raises SandboxError where the file is missing, damaged, changed, or does not fit the module.
+    """
+    path, expected = locate(source, role)
+    digest = _sha256(path)
+    if expected and digest != expected.lower():
+        raise SandboxError(f"{path}: sha256 is {digest}, but {source!r} asks for {expected}")
+    state = _read(path)
+    if translate := getattr(module, "from_published", None):
+        state = translate(state) or state
+    _check_fit(module, state, path)
+    module.load_state_dict(state, strict=True)
+    return digest
+
+
+def locate(source: str, role: Role) -> tuple[Path, str | None]:
+    """The local file that a source stands for (downloaded if need be), and its expected sha256."""
+    place, _, digest = source.partition("#sha256=")
+    if place.startswith("hf://"):
+        return _download(place), digest or None
+    path = Path(place)
+    if path.is_dir():
+        path = path / "weights" / f"{role}.safetensors"
+    if not path.is_file():
+        raise SandboxError(
+            f"{path}: no such weights file (set weights.{role} to a .safetensors or .pth file, to "
+            "a run folder, or to hf://owner/repository/file)"
+        )
+    return path, digest or None
+
+
+def _download(place: str) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    address, _, revision = place.removeprefix("hf://").partition("@")
+    owner, repository, *names = address.split("/")
+    if not names:
+        raise SandboxError(f"{place}: expected hf://owner/repository/file[@revision]")
+    repo, name, at = f"{owner}/{repository}", "/".join(names), revision or "main"
+    try:
+        path = Path(hf_hub_download(repo, name, revision=at))
+        etag = get_hf_file_metadata(hf_hub_url(repo, name, revision=at)).etag or ""
+    except Exception as error:
+        cached = _cached(repo, name, at)
+        if cached:
+            return cached
+        raise SandboxError(
+            f"cannot fetch {name} of {repo} ({type(error).__name__}); on a machine with a network "
+            f"run `hf download {repo} {name} --revision {at} --local-dir weights`, copy the file here, "
+            f"and set the path in place of {place}"
+        ) from None
+    if len(etag) == 64 and _sha256(path) != etag:  # large files carry their sha256 as the etag
+        raise SandboxError(f"{path}: the downloaded bytes do not match the hub's sha256; delete it")
+    return path
+
+
+def _cached(repo: str, name: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SandboxError(
+            f"{path}: truncated, or not a file of plain weights ({reason}); copy it again"
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise SandboxError(f"{path}: expected a mapping of names to tensors")
+    return dict(state)
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    ours = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    theirs = {name: tensor.shape for name, tensor in state.items()}
+    if ours == theirs:
+        return
+    reasons = []
+    if describe := getattr(module, "describe", None):
+        here, there = describe(module.state_dict()), describe(state)
+        reasons = [
+            f"its {fact} is {there[fact]}, the recipe's is {here[fact]}"
+            for fact in here
+            if fact in there and there[fact] != here[fact]
+        ]
+    if not reasons:
+        reasons += [f"it lacks {n}" for n in ours if n not in theirs][:3]
+        reasons += [f"it has {n}, which is unknown here" for n in theirs if n not in ours][:3]
+        both = [n for n in ours if n in theirs and ours[n] != theirs[n]][:3]
+        reasons += [f"{n} is {tuple(theirs[n])} there, {tuple(ours[n])} here" for n in both]
+    raise SandboxError(f"{path} does not fit: {'; '.join(reasons)}")
