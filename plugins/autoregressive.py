@@ -1,0 +1,136 @@
+"""The autoregressive generator: a tokenizer's ids, predicted step by step.
+
+The one idea to hold: it joins a frozen tokenizer, a backbone, a sampler and an objective, and never
+asks which layout they share, so VAR and raster-scan prediction are both this class.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sandbox
+from sandbox import Keep, Layout, Losses, Part, Subject, Tokens, Watch
+
+
+@sandbox.hookimpl
+def sandbox_register(register: Any) -> None:
+    register(sandbox.Generator, "autoregressive", Autoregressive)
+
+
+class Autoregressive:
+    """Predicts ids; images come from the tokenizer, which is not trained here."""
+
+    class Params(sandbox.Params):
+        backbone: Part[sandbox.Backbone]
+        """The network that predicts ids."""
+        sampler: Part[sandbox.Sampler] = Field(default="top-k-top-p", validate_default=True)
+        """How ids are drawn from its predictions."""
+        objective: Part[sandbox.Objective] = Field(default="cross-entropy", validate_default=True)
+        """What training minimises."""
+
+    def __init__(self, params: Params, subject: Subject) -> None:
+        if subject.tokenizer is None:
+            raise sandbox.SandboxError(
+                "the generator 'autoregressive' predicts a tokenizer's ids: name a tokenizer"
+            )
+        self.tokenizer, self.num_classes = subject.tokenizer, subject.num_classes
+        self.layout = self.tokenizer.layout
+        self.backbone = params.backbone.build(
+            Tokens(
+                layout=self.layout,
+                vocab_size=self.tokenizer.vocab_size,
+                code_dim=self.tokenizer.code_dim,
+                num_classes=subject.num_classes,
+            )
+        )
+        self.network: nn.Module = self.backbone
+        self.sampler, self.objective = params.sampler.build(), params.objective.build()
+
+    @torch.no_grad()
+    def prepare(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
+        """The images' ids."""
+        return self.tokenizer.encode(images)
+
+    def loss(self, prepared: Int[Tensor, "b l"], labels: Int[Tensor, " b"]) -> Losses:
+        """Teacher-forced. Parts: `loss`, `accuracy` and, per scale, `loss/scale1` and on."""
+        ids = prepared.long()
+        with torch.no_grad():
+            contexts = self.tokenizer.contexts(ids)
+        logits = self.network(contexts, labels)
+        losses = self.objective.losses(logits, ids, self.layout)
+        total = losses.mean()
+        with torch.no_grad():
+            parts = {"loss": total.detach(), "accuracy": (logits.argmax(-1) == ids).float().mean()}
+            if self.layout.num_levels > 1:
+                level = self.layout.level_of().to(losses.device)
+                per_token = losses.detach().mean(dim=0)
+                for index in range(self.layout.num_levels):
+                    parts[f"loss/scale{index + 1}"] = per_token[level == index].mean()
+        return Losses(total, parts)
+
+    def generate(
+        self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
+        return self._sample(labels, rng, watch=watch)
+
+    def edit(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        mask: Float[Tensor, "*b h w"],
+        labels: Int[Tensor, " b"],
+        rng: torch.Generator,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """The images drawn anew where `mask` is 0; their own codes stay where it is 1.
+
+        A mask of any size, one for all images or one each, is resized bilinearly to every map and
+        kept above 0.5. Maps of at most 3 cells, which show the image as a whole, are kept whole.
+        """
+        mask = mask.to(images).expand(len(images), *mask.shape[-2:])
+        keep = Keep(self.prepare(images).long(), keep_cells(self.layout, mask))
+        return self._sample(labels, rng, keep=keep)
+
+    @torch.no_grad()
+    def _sample(
+        self, labels: Int[Tensor, " b"], rng: torch.Generator, **wishes: Any
+    ) -> Float[Tensor, "b 3 h w"]:
+        with _evaluating(self.backbone):
+            sampled = sandbox.sample(
+                self.tokenizer,
+                self.backbone,
+                self.sampler,
+                labels,
+                rng,
+                no_label=self.num_classes,
+                **wishes,
+            )
+        return self.tokenizer.render(sampled.canvas)
+
+
+def keep_cells(layout: Layout, mask: Float[Tensor, "b h w"]) -> Bool[Tensor, "b l"]:
+    """Which tokens a mask of pixels or cells keeps."""
+    kept = []
+    for step in layout.steps:
+        size = step.height, step.width
+        cells = F.interpolate(mask[:, None], size, mode="bilinear") > 0.5
+        if layout.num_levels > 1 and step.height * step.width <= 3:
+            cells = torch.ones_like(cells)
+        kept.append(rearrange(cells, "b 1 h w -> b (h w)")[:, list(step.cells)])
+    return torch.cat(kept, dim=1)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)

@@ -1,0 +1,44 @@
+"""Image losses: how far a reconstruction is from its image, pixel by pixel.
+
+The one idea to hold: a loss is a mean over pixels times its weight; a task adds several of them up.
+"""
+
+from typing import Any
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+import sandbox
+
+
+@sandbox.hookimpl
+def sandbox_register(register: Any) -> None:
+    register(sandbox.ImageLoss, "l1", L1)
+    register(sandbox.ImageLoss, "l2", L2)
+
+
+class L2:
+    """Mean squared difference."""
+
+    class Params(sandbox.Params):
+        weight: float = Field(1.0, gt=0)
+        """What the loss is multiplied by."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def loss(
+        self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, ""]:
+        return self.params.weight * F.mse_loss(reconstruction, images)
+
+
+class L1(L2):
+    """Mean absolute difference."""
+
+    def loss(
+        self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, ""]:
+        return self.params.weight * F.l1_loss(reconstruction, images)

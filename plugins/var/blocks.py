@@ -1,0 +1,113 @@
+"""The parts of the VAR transformer: an AdaLN block, its attention, and the AdaLN before the head.
+
+The one idea to hold: a label reaches the tokens only through six vectors a block, which gate, scale
+and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, arXiv 2212.09748).
+"""
+
+import math
+from functools import partial
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sandbox
+from sandbox import Mask
+
+LAYER_NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalised, modulated by the label and gated."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        mlp_width: int,
+        shared_adaln: bool,
+        qk_norm: bool,
+        drop_path: float,
+        backend: sandbox.AttentionBackend,
+    ) -> None:
+        super().__init__()
+        self.attn = SelfAttention(width, num_heads, qk_norm, backend)
+        self.ffn = Mlp(width, mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))
+        self.drop_path = DropPath(drop_path)
+        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS, elementwise_affine=False)
+        if shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 6 d"]:
+        return rearrange(self.ada_lin(cond), "b (six d) -> b 1 six d", six=6)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b 1 6 d"],
+        mask: Mask,
+        memory: tuple[Tensor, slice] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        seen = self.attn(self.norm(x) * (1 + scale1) + shift1, mask, memory)
+        x = x + self.drop_path(seen * gate1)
+        return x + self.drop_path(self.ffn(self.norm(x) * (1 + scale2) + shift2) * gate2)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; with `qk_norm`, cosine similarity times a learned, capped scale."""
+
+    def __init__(
+        self, width: int, num_heads: int, qk_norm: bool, backend: sandbox.AttentionBackend
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_norm, self.backend = num_heads, qk_norm, backend
+        self.scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
+        if qk_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], mask: Mask, memory: tuple[Tensor, slice] | None
+    ) -> Float[Tensor, "b n d"]:
+        """`memory` is the cache of keys and values with the place of these tokens in it."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        q, k, v = rearrange(
+            qkv, "b n (qkv heads e) -> qkv b heads n e", qkv=3, heads=self.num_heads
+        )
+        if self.qk_norm:  # in float32: half precision loses the direction of long vectors
+            sharpness = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
+            q = (F.normalize(q.float(), dim=-1) * sharpness).to(v.dtype)
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if memory is not None:
+            cache, span = memory
+            cache[0, :, :, span], cache[1, :, :, span] = k, v
+            k, v = cache[:, :, :, : span.stop]
+        out = self.backend.attend(q, k, v, mask, self.scale)
+        return self.proj(rearrange(out, "b heads n e -> b n (heads e)"))
+
+
+class HeadNorm(nn.Module):
+    """The AdaLN before the output layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, LAYER_NORM_EPS, elementwise_affine=False)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b n d"]:
+        scale, shift = rearrange(self.ada_lin(cond), "b (two d) -> two b 1 d", two=2)
+        return self.norm(x) * (1 + scale) + shift

@@ -1,0 +1,223 @@
+"""The published VAR transformer (arXiv 2404.02905): AdaLN blocks over the tokens of a layout.
+
+The one idea to hold: the network knows a layout's spans, levels and mask and nothing else of it,
+so next-scale and raster prediction are the same network. Parameters are called as in the published
+checkpoints, so those load as they are; only buffers, all computed here, are left out.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+import sandbox
+from sandbox import Mask, Part, Tokens
+
+from . import published_model
+from .blocks import Block, HeadNorm
+
+
+@dataclass
+class State:
+    """What stepwise prediction remembers: each block's modulation, keys and values so far."""
+
+    cond: Float[Tensor, "b d"]
+    modulations: list[Float[Tensor, "b 1 6 d"]]
+    caches: list[Float[Tensor, "2 b heads l e"]]
+    next_step: int = 0
+
+
+class VAR(nn.Module):
+    """Depth is the one dial: width is 64 x depth, with one head per 64 channels."""
+
+    class Params(sandbox.Params):
+        depth: int = Field(16, gt=0, le=128)
+        """Number of blocks; the published models have 16, 20, 24, 30 and 36."""
+        width: int | None = Field(None, gt=0)
+        """Model width in channels; 64 x depth if not given."""
+        num_heads: int | None = Field(None, gt=0)
+        """Attention heads, which must divide the width; one per 64 channels if not given."""
+        shared_adaln: bool = False
+        """One AdaLN projection for all blocks, as in the published 512-pixel model."""
+        qk_norm: bool = True
+        """Normalise queries and keys; the softmax scale is then learned per head."""
+        label_dropout: float = Field(0.1, ge=0, lt=1)
+        """Share of labels hidden in training, which is what guidance needs."""
+        drop_path: float | None = Field(None, ge=0, lt=1)
+        """Stochastic depth of the last block, linear from 0; 0.1 x depth / 24 if not given."""
+        mlp_ratio: float = Field(4.0, gt=0)
+        """Hidden width of the MLPs over the model width."""
+        attention: Part[sandbox.AttentionBackend] = Field(default="auto", validate_default=True)
+        """How attention is computed; no choice changes what is computed."""
+
+    def __init__(self, params: Params, tokens: Tokens) -> None:
+        super().__init__()
+        self.params, self.tokens = params, tokens
+        depth, width = params.depth, params.width or 64 * params.depth
+        num_heads = params.num_heads or max(1, width // 64)
+        if width % num_heads:
+            raise sandbox.SandboxError(
+                f"backbone 'var': a width of {width} is not divisible into {num_heads} heads; "
+                "change width or num_heads"
+            )
+        layout = tokens.layout
+        last_drop = 0.1 * depth / 24 if params.drop_path is None else params.drop_path
+        drops = torch.linspace(0, last_drop, depth, device="cpu").tolist()
+        backend = params.attention.build()
+
+        self.word_embed = nn.Linear(tokens.code_dim, width)
+        self.class_emb = nn.Embedding(tokens.num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.empty(1, layout.lens[0], width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, layout.seq_len, width))
+        self.lvl_embed = nn.Embedding(layout.num_levels, width)
+        if params.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                num_heads,
+                mlp_width=round(params.mlp_ratio * width),
+                shared_adaln=params.shared_adaln,
+                qk_norm=params.qk_norm,
+                drop_path=drop,
+                backend=backend,
+            )
+            for drop in drops
+        )
+        self.head_nm = HeadNorm(width)
+        self.head = nn.Linear(width, tokens.vocab_size)
+        self.register_buffer("level", layout.level_of(), persistent=False)
+        self.mask = Mask(layout.lens)
+        self._initialise()
+
+    def forward(
+        self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b l v"]:
+        """Logits of every token at once, float32. In training, some labels are hidden."""
+        if self.training and self.params.label_dropout > 0:
+            hidden = torch.rand(len(labels), device=labels.device) < self.params.label_dropout
+            labels = labels.masked_fill(hidden, self.tokens.num_classes)
+        cond = self.class_emb(labels)
+        first = self.tokens.layout.lens[0]
+        x = torch.cat([self._first(cond), self._read(contexts[:, first:])], dim=1)
+        x = x + self._places(slice(None))
+        for block, modulation in zip(self.blocks, self._modulations(cond), strict=True):
+            x = block(x, modulation.to(x.dtype), self.mask)
+        return self._logits(x, cond)
+
+    def begin(self, labels: Int[Tensor, " b"]) -> State:
+        """A fresh state; its cache has room for the whole sequence from the start."""
+        cond = self.class_emb(labels)
+        dtype, (b, d) = self._dtype(), cond.shape
+        heads = self.blocks[0].attn.num_heads
+        shape = 2, b, heads, self.tokens.layout.seq_len, d // heads
+        return State(
+            cond=cond,
+            modulations=[modulation.to(dtype) for modulation in self._modulations(cond)],
+            caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
+        )
+
+    def step(
+        self, state: State, context: Float[Tensor, "b n c"], step: int
+    ) -> Float[Tensor, "b n v"]:
+        """The rows of `forward` that belong to one step. The first step's context is not read.
+
+        Raises ValueError if the steps are not taken in order.
+        """
+        if step != state.next_step:
+            raise ValueError(f"step {state.next_step} comes next, not step {step}")
+        span = self.tokens.layout.spans[step]
+        x = self._first(state.cond) if step == 0 else self._read(context)
+        x = x + self._places(span)
+        for block, modulation, cache in zip(
+            self.blocks, state.modulations, state.caches, strict=True
+        ):
+            x = block(x, modulation, Mask(), (cache, span))
+        state.next_step += 1
+        return self._logits(x, state.cond)
+
+    def no_weight_decay(self) -> set[str]:
+        """Biases, scales, positions and levels, as published; class embeddings do decay."""
+        spared = ("pos_1LC", "pos_start", "lvl_embed", "ada_gss", "scale_mul")
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if parameter.ndim == 1 or name.endswith("bias") or any(key in name for key in spared)
+        }
+
+    def from_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """A published state dict as one of ours, or None if it is not published.
+
+        Raises ValueError if its buffers tell of other scales or another attention.
+        """
+        return published_model.to_ours(state, self.tokens.layout)
+
+    def to_published(self) -> dict[str, Tensor]:
+        """The weights with exactly the keys of the published checkpoints."""
+        return published_model.from_ours(self.state_dict(), self.tokens.layout)
+
+    @staticmethod
+    def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
+        """What a state dict in our layout says of its model, for messages about mismatches."""
+        return published_model.describe(state)
+
+    def _dtype(self) -> torch.dtype:
+        """What the blocks compute in: autocast's type inside autocast, else the weights'."""
+        device = self.word_embed.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.word_embed.weight.dtype
+
+    def _first(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
+        return (cond[:, None] + self.pos_start).to(self._dtype())
+
+    def _read(self, contexts: Float[Tensor, "b n c"]) -> Float[Tensor, "b n d"]:
+        return self.word_embed(contexts.to(self.word_embed.weight.dtype)).to(self._dtype())
+
+    def _places(self, span: slice) -> Float[Tensor, "1 n d"]:
+        places = self.pos_1LC[:, span] + self.lvl_embed(self.level[span])
+        return places.to(self._dtype())
+
+    def _modulations(self, cond: Float[Tensor, "b d"]) -> list[Float[Tensor, "b 1 6 d"]]:
+        if not self.params.shared_adaln:
+            return [block.modulation(cond) for block in self.blocks]
+        shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
+        return [block.ada_gss + shared for block in self.blocks]
+
+    def _logits(
+        self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b n v"]:
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = self.head.weight.dtype  # float32, unless the weights were cast
+            return self.head(self.head_nm(x.to(dtype), cond.to(dtype))).float()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """As published: small weights, near-silent residual branches, near-uniform logits."""
+        depth, width = self.params.depth, self.class_emb.embedding_dim
+        std = math.sqrt(1 / (3 * width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_start, std=std)
+        nn.init.trunc_normal_(self.pos_1LC, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5
+        for block in self.blocks:
+            block.attn.proj.weight.div_(math.sqrt(2 * depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
+            # Of the six modulations, the first two gate the branches; the others scale and shift.
+            if self.params.shared_adaln:
+                block.ada_gss[:, :, :2].mul_(gamma)
+                block.ada_gss[:, :, 2:].mul_(0.5)
+            else:
+                block.ada_lin[1].weight[: 2 * width].mul_(gamma)
+                block.ada_lin[1].weight[2 * width :].mul_(0.5)
