@@ -8,7 +8,7 @@ from typing import Any
 
 _HOME = {
     "errors": ["RunError", "SandboxError"],
-    "hooks": ["hookimpl"],
+    "hooks": ["Register", "hookimpl"],
     "interfaces": [
         "AttentionBackend",
         "Autoencoder",

@@ -64,8 +64,8 @@ class Assembly:
             return self.recipe.num_classes
         raise SandboxError("the recipe names no dataset: set num_classes (1000 for ImageNet)")
 
-    def settings(self, role: Role) -> Mapping[str, Any]:
-        part = getattr(self.recipe, role)
+    def settings(self, slot: str) -> Mapping[str, Any]:
+        part = getattr(self.recipe, slot)
         return part.to_dict() if part else {}
 
     def has_weights(self, role: Role) -> bool:
@@ -108,8 +108,8 @@ class Assembly:
         if self.recipe.dataset and self.dataset.image_size != size:
             raise SandboxError(
                 f"the data set gives images of {_by(self.dataset.image_size)} pixels, the "
-                f"tokenizer makes {_by(size)} (its schedule's last map times its downsampling): change "
-                "dataset.image_size or tokenizer.schedule"
+                f"tokenizer makes {_by(size)} (its schedule's last map times its downsampling): "
+                "change dataset.image_size or tokenizer.schedule"
             )
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sandbox.checkpoint import write_tensors
 from sandbox.errors import SandboxError
 from sandbox.plugins import load_plugins
 from sandbox.recipe import load_recipe
 from sandbox.run import LiveRun
-from sandbox.values import Role
 
 PUBLISHED_NAME = {"tokenizer": "vae", "generator": "var"}
 
@@ -38,13 +37,11 @@ def export(run: LiveRun, out: Path) -> list[Path]:
     """Write the run's tokenizer and generator with the published names and shapes."""
     written = []
     for role, name in PUBLISHED_NAME.items():
-        if not run.settings(cast(Role, role)):
+        if not run.settings(role):
             continue
         module: Any = run.tokenizer if role == "tokenizer" else run.generator.network
         if not hasattr(module, "to_published"):
-            raise SandboxError(
-                f"the {role} {run.settings(cast(Role, role))['name']!r} has no published layout"
-            )
+            raise SandboxError(f"the {role} {run.settings(role)['name']!r} has no published layout")
         path = out / f"{name}.safetensors"
         write_tensors(path, module.to_published())
         written.append(path)

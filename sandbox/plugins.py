@@ -1,9 +1,9 @@
 """Finds plugins: the built-in folder, folders given by the user, then installed packages.
 
 A folder's modules are imported as `sandbox_plugins.<name>`, so a plugin may be one file or a
-package with relative imports, and its classes pickle. An installed package offers a module through the
-entry-point group "sandbox". A plugin that fails to load is kept in `Registry.broken`: it stops only
-the runs that ask for something it should have offered.
+package with relative imports, and its classes pickle. An installed package offers a module through
+the entry-point group "sandbox". A plugin that fails to load is kept in `Registry.broken`: it
+stops only the runs that ask for something it should have offered.
 """
 
 import importlib

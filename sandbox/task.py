@@ -42,8 +42,8 @@ class Run(Protocol):
     def num_classes(self) -> int:
         """The data set's, or the recipe's where it names no data set."""
 
-    def settings(self, role: Role) -> Mapping[str, Any]:
-        """The recipe's part in that role as a mapping, defaults included."""
+    def settings(self, slot: str) -> Mapping[str, Any]:
+        """The part in a slot of the recipe (`dataset`, ...) as a mapping, defaults included."""
 
     def has_weights(self, role: Role) -> bool:
         """Whether the part has weights from a file: the recipe's, or trained by this run."""

@@ -1,8 +1,9 @@
 """Trained weights: where they come from, and whether they fit.
 
 A source is a local file, the folder of another run, or `hf://owner/repository/file` with an
-optional `@revision` and `#sha256=...`. A module that knows a published layout translates it itself, with
-`from_published(state) -> state | None`, and puts a state in plain words with `describe(state)`.
+optional `@revision` and `#sha256=...`. A module that knows a published layout translates it
+itself, with `from_published(state) -> state | None`, and puts a state in plain words with
+`describe(state)`.
 """
 
 import hashlib
@@ -68,8 +69,8 @@ def _download(place: str) -> Path:
             return cached
         raise SandboxError(
             f"cannot fetch {name} of {repo} ({type(error).__name__}); on a machine with a network "
-            f"run `hf download {repo} {name} --revision {at} --local-dir weights`, copy the file here, "
-            f"and set the path in place of {place}"
+            f"run `hf download {repo} {name} --revision {at} --local-dir weights`, copy the file "
+            f"here, and set the path in place of {place}"
         ) from None
     if len(etag) == 64 and _sha256(path) != etag:  # large files carry their sha256 as the etag
         raise SandboxError(f"{path}: the downloaded bytes do not match the hub's sha256; delete it")

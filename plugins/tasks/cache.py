@@ -1,0 +1,99 @@
+"""What a generator reads of a data set, computed once and kept on disk.
+
+The file is a plain .npy array beside its labels, read through a memory map; its name carries a
+checksum of everything it depends on, so that another tokenizer or data set makes another file.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sandbox
+
+
+class Prepared:
+    """A `sandbox.Dataset` whose images are what `Generator.prepare` made of the real ones."""
+
+    def __init__(self, examples: np.ndarray, labels: np.ndarray, source: sandbox.Dataset) -> None:
+        self.examples, self.labels = examples, torch.from_numpy(np.array(labels))
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.image_size = source.image_size
+
+    def size(self, split: sandbox.Split) -> int:
+        return len(self.labels)
+
+    def batch(self, split: sandbox.Split, indices: Tensor, rng: torch.Generator) -> sandbox.Batch:
+        rows = torch.from_numpy(self.examples[indices.numpy()])
+        if not rows.is_floating_point():
+            rows = rows.long()
+        return sandbox.Batch(rows, self.labels[indices])
+
+
+@torch.no_grad()
+def cached(
+    run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, limit: int | None
+) -> Prepared:
+    """The prepared data set of a split, from its file if there is one."""
+    folder = run.folder / "cache" / f"{split}-{_key(run, split, passes, limit)}"
+    size = run.dataset.size(split) if limit is None else min(limit, run.dataset.size(split))
+    if not (folder / "labels.npy").exists():
+        run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
+        _write(run, split, batch_size, passes, size, folder)
+    examples = np.load(folder / "examples.npy", mmap_mode="r", allow_pickle=False)
+    return Prepared(examples, np.load(folder / "labels.npy", allow_pickle=False), run.dataset)
+
+
+def _write(
+    run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, size: int, folder: Path
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    target, labels, row = None, [], 0
+    draft = folder / "examples.draft.npy"
+    for number in range(passes):
+        for batch in sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number):
+            examples = _compact(run.generator.prepare(batch.images.to(run.device)).cpu())
+            if target is None:
+                shape = (passes * size, *examples.shape[1:])
+                target = np.lib.format.open_memmap(draft, "w+", examples.dtype, shape)
+            target[row : row + len(examples)] = examples
+            labels.append(batch.labels)
+            row += len(examples)
+    if target is None:
+        raise sandbox.SandboxError(f"the data set has no {split} images")
+    target.flush()
+    draft.replace(folder / "examples.npy")
+    with sandbox.atomic(folder / "labels.npy") as path, path.open("wb") as file:
+        np.save(file, torch.cat(labels).numpy())
+
+
+def _compact(examples: Tensor) -> np.ndarray:
+    """Ids in 16 bits where they fit (a vocabulary has at most 65,536 there), else as they are."""
+    array = examples.numpy()
+    if array.dtype.kind == "i" and array.max(initial=0) < 2**15:
+        return array.astype(np.int16)
+    return array.astype(np.int32) if array.dtype.kind == "i" else array
+
+
+def _key(run: sandbox.Run, split: sandbox.Split, passes: int, limit: int | None) -> str:
+    facts = {
+        "dataset": run.settings("dataset"),
+        "tokenizer": run.settings("tokenizer"),
+        "generator": run.settings("generator").get("name"),
+        "state": _state(run),
+        "of": [split, passes, limit],
+    }
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _state(run: sandbox.Run) -> str:
+    """A checksum of the tokenizer's weights, which decide the ids."""
+    digest = hashlib.sha256()
+    module = run.tokenizer if run.settings("tokenizer") else None
+    if isinstance(module, torch.nn.Module):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""What a task will cost, measured on one trial step before the long work begins.
+
+The trial runs the real step once to warm up and once on the clock, counts its floating-point
+operations and what autograd keeps, and then puts weights, gradients and random streams back.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sandbox
+
+from .settings import Training
+
+
+def training_plan(
+    run: sandbox.Run, settings: Training, network: nn.Module, loss: Callable[[int], Tensor]
+) -> dict[str, str]:
+    """The plan of a training; `loss(n)` is the loss of any `n` images."""
+    num_parameters = sum(p.numel() for p in network.parameters())
+    trial_size = max(
+        1, min(settings.batch_size // settings.accumulate, 2 if _large(network) else 64)
+    )
+    seconds, flops, kept = _trial(network, lambda: loss(trial_size), run.device)
+    per_image, per_batch = seconds / trial_size, settings.batch_size // settings.accumulate
+    weights = num_parameters * (16 + (4 if settings.ema else 0))
+    activations = kept / trial_size * per_batch
+    return {
+        "network": f"{type(network).__name__}, {num_parameters / 1e6:.2f} M parameters",
+        "images": f"{settings.num_images:,}, in batches of {settings.batch_size}",
+        "per image": f"{flops / trial_size / 1e9:.3g} GFLOP, forward and backward",
+        "memory": f"about {gib(weights + activations)} ({gib(weights)} weights, gradients and "
+        f"optimiser, {gib(activations)} activations) of {gib(_available(run.device))} here",
+        "time": f"about {duration(per_image * settings.num_images)} on "
+        f"{sandbox.device_name(run.device)} ({1 / per_image:.3g} images/s in a trial step)",
+    }
+
+
+def _large(network: nn.Module) -> bool:
+    return sum(p.numel() for p in network.parameters()) > 5e7
+
+
+def _trial(
+    network: nn.Module, loss: Callable[[], Tensor], device: torch.device
+) -> tuple[float, float, float]:
+    """Seconds, FLOPs and bytes kept for the backward pass of one step."""
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    own = {id(p) for p in network.parameters()}
+    training, kept = network.training, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.random.fork_rng():
+        network.train()
+        with FlopCounterMode(display=False) as counter:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                value = loss()
+            value.backward()
+        network.zero_grad(set_to_none=True)
+        began = _now(device)
+        loss().backward()
+        seconds = _now(device) - began
+    network.zero_grad(set_to_none=True)
+    network.load_state_dict(before)
+    network.train(training)
+    return seconds, float(counter.get_total_flops()), float(sum(kept.values()))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return sandbox.memory_bytes()
+
+
+def gib(num_bytes: float) -> str:
+    """`1.5 GiB`, or MiB where that is less than one."""
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.0f} MiB"
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.4 h` or `8.2 days`."""
+    for limit, size, unit in ((90, 1, "s"), (5400, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}" if size < 3600 else f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86_400:.1f} days"

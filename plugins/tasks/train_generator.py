@@ -1,0 +1,106 @@
+"""Train a generator on what its tokenizer, or nothing, makes of the data set."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import sandbox
+
+from .cache import cached
+from .loop import Fit, train
+from .plan import training_plan
+from .settings import Training
+
+
+class TrainGenerator:
+    """Fit the recipe's generator; keeps `weights/generator.safetensors`.
+
+    With `cache`, what the generator reads of the images is computed once and kept on disk.
+    """
+
+    class Params(Training):
+        cache: bool = True
+        """Encode the data set once and train from the file; off, encode each batch anew."""
+        cache_passes: int = Field(1, ge=1)
+        """Differently augmented copies of the data set in the cache."""
+        num_validation_images: int = Field(1024, gt=0)
+        """Held-out images on which the loss is measured."""
+        strips: bool = True
+        """Draw a few samples, coarse to fine, at the end."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def plan(self, run: sandbox.Run) -> Mapping[str, str]:
+        made, size = run.generator, run.dataset.image_size
+        examples = made.prepare(torch.zeros(1, 3, *size, device=run.device))
+
+        def loss(num_images: int) -> Tensor:
+            labels = torch.zeros(num_images, dtype=torch.long, device=run.device)
+            return made.loss(examples.expand(num_images, *examples.shape[1:]), labels).total
+
+        rows = training_plan(run, self.params, made.network, loss)
+        return rows | {"tokens": "cached on disk" if self.params.cache else "encoded every step"}
+
+    def run(self, run: sandbox.Run) -> dict[str, Any]:
+        made, params = run.generator, self.params
+        sources = {split: self._source(run, split) for split in ("train", "validation")}
+
+        def batches(start: int) -> Iterator[sandbox.Batch]:
+            return sandbox.stream(
+                sources["train"],
+                "train",
+                params.batch_size,
+                seed=sandbox.derive_seed(run.seed, "generator"),
+                start=start,
+                num_workers=params.num_workers,
+            )
+
+        def loss(batch: sandbox.Batch) -> sandbox.Losses:
+            prepared = batch.images if params.cache else made.prepare(batch.images)
+            return made.loss(prepared, batch.labels)
+
+        def validate() -> dict[str, float]:
+            sums: dict[str, float] = {}
+            count = 0
+            for batch in sandbox.sweep(
+                sources["validation"],
+                "validation",
+                params.batch_size,
+                limit=params.num_validation_images,
+            ):
+                found = loss(
+                    sandbox.Batch(batch.images.to(run.device), batch.labels.to(run.device))
+                )
+                for name, value in {"loss": found.total, **found.parts}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) * len(batch.labels)
+                count += len(batch.labels)
+            return {name: value / count for name, value in sums.items()}
+
+        result = train(Fit(run, params, made.network, batches, loss, validate, "loss"))
+        run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])
+        if params.strips:
+            coarse_to_fine(run, num_images=8)
+        return result
+
+    def _source(self, run: sandbox.Run, split: sandbox.Split) -> sandbox.Dataset:
+        if not self.params.cache:
+            return run.dataset
+        passes = self.params.cache_passes if split == "train" else 1
+        limit = None if split == "train" else self.params.num_validation_images
+        return cached(run, split, self.params.batch_size, passes, limit)
+
+
+def coarse_to_fine(run: sandbox.Run, num_images: int) -> Path | None:
+    """A picture of samples after every step, one column an image; None for too many steps."""
+    labels = torch.arange(num_images, device=run.device) % run.num_classes
+    rows: list[Tensor] = []
+    run.generator.generate(labels, run.rng("strip"), lambda step, images: rows.append(images.cpu()))
+    if not rows:
+        return None
+    shown = torch.linspace(0, len(rows) - 1, min(len(rows), 14)).round().long().tolist()
+    return run.picture("coarse-to-fine", torch.cat([rows[i] for i in shown]), columns=num_images)
