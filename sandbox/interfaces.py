@@ -237,6 +237,8 @@ class FeatureExtractor(Protocol):
 
     label: str
     network: nn.Module
+    needs_weights: bool
+    """Whether its features mean nothing without weights from a file or a training."""
 
     def features(
         self, images: Float[Tensor, "b 3 h w"]
@@ -252,6 +254,7 @@ class Metric(Protocol):
     """
 
     paired: bool
+    reads_features: bool
 
     def update(self, real: Evidence | None, fake: Evidence | None) -> None:
         """Take in a batch of each; either may be None when one side has run out."""

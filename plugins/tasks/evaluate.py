@@ -49,8 +49,7 @@ class Evaluate:
                 "reconstructions, or drop them"
             )
         if self._reads_features() and not run.has_weights("features"):
-            untrained = run.features.label.startswith("random")
-            if not untrained:
+            if run.features.needs_weights:
                 raise sandbox.SandboxError(
                     f"{run.label}: the feature extractor has no weights: run train-classifier "
                     "before, or set weights.features"
@@ -80,20 +79,16 @@ class Evaluate:
             run.report(min(max(counts.values()), total), total)
         scores = {}
         for metric in metrics:
-            suffix = (
-                "" if metric.paired and not _is_distance(metric) else f"[{self._extractor(run)}]"
-            )
+            suffix = f"[{self._extractor(run)}]" if metric.reads_features else ""
             scores |= {f"{name}{suffix}": value for name, value in metric.compute().items()}
-        result: dict[str, Any] = {
-            "scores": scores,
-            "provenance": self._provenance(run, seen, counts),
-        }
+        provenance = self._provenance(run, seen, counts)
+        result: dict[str, Any] = {"scores": scores, "provenance": provenance}
         if params.images == "reconstructions":
             result["codebook"] = self._codebook(run)
         return result
 
     def _reads_features(self) -> bool:
-        return any(_is_distance(part.build()) for part in self.params.metrics)
+        return any(part.build().reads_features for part in self.params.metrics)
 
     def _extractor(self, run: sandbox.Run) -> str:
         if not self._reads_features():
@@ -156,11 +151,6 @@ class Evaluate:
             "seed": run.seed,
             "precision": "float32",
         }
-
-
-def _is_distance(metric: sandbox.Metric) -> bool:
-    """Whether a metric reads features: all do but those that compare pixels, image by image."""
-    return getattr(metric, "reads_features", not metric.paired)
 
 
 def _read(path: Path) -> tuple[np.ndarray, Tensor]:

@@ -1,8 +1,8 @@
 """The training loop that every task which trains shares.
 
-It is read in one go: resume, then step, report, validate, save, done? Everything that decides how the
-training goes on is in one state, saved by images seen, so that a run stopped at any moment ends with
-the same weights as one that was not.
+It is read in one go: resume, then step, report, validate, save, done? Everything that decides how
+the training goes on is in one state, saved by images seen, so that a run stopped at any moment ends
+with the same weights as one that was not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +24,9 @@ State = dict[str, Any]
 class Fit:
     """What a task hands to the loop.
 
-    `loss(batch)` gives the losses of a batch that is on the device; `after_step(optimizer, progress,
-    done)` cares for what is no gradient's business and returns scalars; `validate()` returns scalars,
-    of which `score` (lower is better) picks the best weights.
+    `loss(batch)` gives the losses of a batch that is on the device; `after_step(optimizer,
+    progress, done)` cares for what is no gradient's business and returns scalars; `validate()`
+    returns scalars, of which `score` (lower is better) picks the best weights.
     """
 
     run: sandbox.Run

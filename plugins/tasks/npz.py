@@ -75,20 +75,19 @@ def read_npz(path: Path) -> tuple[UInt8[Tensor, "n 3 h w"], Int[Tensor, " n"] | 
     Raises SandboxError where the file is missing, damaged or of another form.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as file:  # np.load would leave a damaged file open
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise sandbox.SandboxError(f"{path}: a single array, expected an .npz with 'arr_0'")
-            if "arr_0" not in file.files:
-                found = ", ".join(file.files) or "nothing"
+            if "arr_0" not in arrays:
+                found = ", ".join(arrays) or "nothing"
                 raise sandbox.SandboxError(f"{path}: no 'arr_0' (images); it holds {found}")
-            images = file["arr_0"]
-            labels = file["arr_1"] if "arr_1" in file.files else None
+            images, labels = arrays["arr_0"], arrays.get("arr_1")
     except FileNotFoundError:
         raise sandbox.SandboxError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise sandbox.SandboxError(
-            f"{path}: not a readable .npz, or a truncated one: {error}"
-        ) from None
+        message = f"{path}: not an .npz, or a truncated or damaged one: {error}"
+        raise sandbox.SandboxError(message) from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
         raise sandbox.SandboxError(
             f"{path}: 'arr_0' is {images.dtype} {images.shape}, expected uint8 "

@@ -49,8 +49,8 @@ class Sample:
     def plan(self, run: sandbox.Run) -> Mapping[str, str]:
         if not self.params.untrained and not run.has_weights("generator"):
             raise sandbox.SandboxError(
-                f"{run.label}: the generator has no trained weights: train it in an earlier task, set "
-                "weights.generator, or set untrained: true"
+                f"{run.label}: the generator has no trained weights: train it in an earlier task, "
+                "set weights.generator, or set untrained: true"
             )
         wrong = [label for label in self.params.labels if not 0 <= label < run.num_classes]
         if wrong:

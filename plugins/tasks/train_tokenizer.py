@@ -102,8 +102,8 @@ def _trainable(run: sandbox.Run) -> Any:
         tokenizer, nn.Module
     ):
         raise sandbox.SandboxError(
-            f"{run.label}: the tokenizer {run.settings('tokenizer').get('name')!r} cannot be trained "
-            "(it has no reconstruct() and after_step())"
+            f"{run.label}: the tokenizer {run.settings('tokenizer').get('name')!r} cannot be "
+            "trained (it has no reconstruct() and after_step())"
         )
     if tokenizer.image_size != run.dataset.image_size:
         raise sandbox.SandboxError(
