@@ -1,0 +1,116 @@
+"""Scores that are taken image by image and averaged: PSNR, SSIM, whether the class is right."""
+
+from collections.abc import Mapping
+
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+import sandbox
+from sandbox import Evidence
+
+
+class _PerImage:
+    """The mean of a score that is taken image by image, in float64."""
+
+    paired = True
+    reads_features = False
+    score: str
+
+    def __init__(self, params: sandbox.Params) -> None:
+        self.params = params
+        self._count = 0
+        self._sum: Tensor | None = None
+
+    def per_image(
+        self, real: Float[Tensor, "b 3 h w"], fake: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, " b"]:
+        raise NotImplementedError
+
+    def update(self, real: Evidence | None, fake: Evidence | None) -> None:
+        """Raises ValueError unless both sides are there and of one shape."""
+        if real is None or fake is None or real.images.shape != fake.images.shape:
+            raise ValueError(f"{self.score} compares image by image: it needs as many of each")
+        scores = self.per_image(real.images.detach().double(), fake.images.detach().double())
+        total = scores.sum()
+        self._sum = total if self._sum is None else self._sum + total
+        self._count += len(scores)
+
+    def compute(self) -> Mapping[str, float]:
+        """Raises SandboxError where no image was seen."""
+        if self._sum is None or not self._count:
+            raise sandbox.SandboxError(f"{self.score}: no images: evaluate at least 1")
+        return {self.score: float(self._sum) / self._count}
+
+
+class Psnr(_PerImage):
+    """Peak signal-to-noise ratio in dB, 10 log10(1 / MSE): the mean of the images' own ratios.
+
+    Infinite as soon as one reconstruction is exact.
+    """
+
+    score = "psnr"
+
+    class Params(sandbox.Params):
+        """No settings."""
+
+    def per_image(
+        self, real: Float[Tensor, "b 3 h w"], fake: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, " b"]:
+        return peak_signal_noise_ratio(fake, real, data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+class Ssim(_PerImage):
+    """Structural similarity (Wang et al. 2004), the mean over images.
+
+    Gaussian window of 11 pixels with sigma 1.5, each color channel for itself, edges reflected.
+    """
+
+    score = "ssim"
+
+    class Params(sandbox.Params):
+        """No settings."""
+
+    def per_image(
+        self, real: Float[Tensor, "b 3 h w"], fake: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, " b"]:
+        if min(real.shape[2:]) < 6:
+            raise sandbox.SandboxError(
+                f"ssim: images of {real.shape[2]} x {real.shape[3]} px are smaller than half its "
+                "window: evaluate images of at least 6 px a side, or leave ssim out"
+            )
+        return structural_similarity_index_measure(fake, real, data_range=1.0, reduction="none")
+
+
+class ClassAccuracy:
+    """The share of generated images in which the extractor sees the class that was asked for.
+
+    Means something only of an extractor that was trained on the data set's own classes.
+    """
+
+    paired = False
+    reads_features = True
+
+    class Params(sandbox.Params):
+        """No settings."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self._count = 0
+        self._right: Tensor | None = None
+
+    def update(self, real: Evidence | None, fake: Evidence | None) -> None:
+        if fake is None:
+            return
+        right = (fake.logits.argmax(dim=1) == fake.labels).sum()
+        self._right = right if self._right is None else self._right + right
+        self._count += len(fake.labels)
+
+    def compute(self) -> Mapping[str, float]:
+        """`class_accuracy` in [0, 1]. Raises SandboxError where nothing was generated."""
+        if self._right is None or not self._count:
+            raise sandbox.SandboxError("class-accuracy: no generated images: evaluate at least 1")
+        return {"class_accuracy": int(self._right) / self._count}
