@@ -1,11 +1,13 @@
-"""What every data set here does the same way: sizes, ranges, checked indices."""
+"""What every data set here does the same way: sizes, ranges, checked indices, augmentation."""
 
 from typing import Annotated, Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from pydantic import BeforeValidator, Field
 from torch import Tensor
+from torch.nn import functional
 
 _Side = Annotated[int, Field(ge=4, le=8192)]
 
@@ -30,3 +32,24 @@ def check_indices(indices: Int[Tensor, " b"], size: int) -> None:
 def from_bytes(images: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Grey levels 0 .. 255 to [-1, 1]."""
     return images.to(torch.float32).div_(127.5).sub_(1)
+
+
+def randomly_flipped(
+    images: UInt8[Tensor, "b c h w"], rng: torch.Generator
+) -> UInt8[Tensor, "b c h w"]:
+    """Each image mirrored left to right, or not, at even odds."""
+    mirrored = torch.rand(len(images), generator=rng) < 0.5
+    return torch.where(rearrange(mirrored, "b -> b 1 1 1"), images.flip(-1), images)
+
+
+def randomly_shifted(
+    images: UInt8[Tensor, "b c h w"], reach_px: int, rng: torch.Generator
+) -> UInt8[Tensor, "b c h w"]:
+    """Each image moved by up to `reach_px` both ways, black coming in: pad, then crop at random."""
+    num, _, height, width = images.shape
+    top, left = torch.randint(2 * reach_px + 1, (2, num, 1), generator=rng)
+    rows = rearrange(top + torch.arange(height), "b h -> b h 1")
+    columns = rearrange(left + torch.arange(width), "b w -> b 1 w")
+    padded = rearrange(functional.pad(images, [reach_px] * 4), "b c h w -> b h w c")
+    picked = padded[rearrange(torch.arange(num), "b -> b 1 1"), rows, columns]
+    return rearrange(picked, "b h w c -> b c h w")

@@ -48,12 +48,12 @@ class Evaluate:
                 f"{run.label}: {', '.join(paired)} compare image by image: set images: "
                 "reconstructions, or drop them"
             )
-        if self._reads_features() and not run.has_weights("features"):
-            if run.features.needs_weights:
-                raise sandbox.SandboxError(
-                    f"{run.label}: the feature extractor has no weights: run train-classifier "
-                    "before, or set weights.features"
-                )
+        unweighted = self._reads_features() and not run.has_weights("features")
+        if unweighted and run.features.needs_weights:
+            raise sandbox.SandboxError(
+                f"{run.label}: the feature extractor has no weights: run train-classifier "
+                "before, or set weights.features"
+            )
         return {
             "scores": ", ".join(part.name for part in self.params.metrics),
             "features": self._extractor(run),

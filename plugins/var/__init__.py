@@ -5,8 +5,10 @@ from typing import Any
 import sandbox
 
 from .model import VAR
+from .tokenizer import VarTokenizer
 
 
 @sandbox.hookimpl
 def sandbox_register(register: Any) -> None:
     register(sandbox.Backbone, "var", VAR)
+    register(sandbox.Tokenizer, "var-vq", VarTokenizer)

@@ -153,7 +153,7 @@ class VAR(nn.Module):
     def from_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """A published state dict as one of ours, or None if it is not published.
 
-        Raises ValueError if its buffers tell of other scales or another attention.
+        Raises SandboxError if its buffers tell of other scales or another attention.
         """
         return published_model.to_ours(state, self.tokens.layout)
 

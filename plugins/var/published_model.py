@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sandbox import Layout
+from sandbox import Layout, SandboxError
 
 _LEVELS, _BIAS, _ZERO = "lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"
 
@@ -18,23 +18,23 @@ _LEVELS, _BIAS, _ZERO = "lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"
 def to_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor] | None:
     """A published state dict without its buffers; None if `state` has not the published layout.
 
-    Raises ValueError if the buffers contradict the layout. A file of another length is let through:
+    Raises SandboxError if the buffers contradict the layout. A file of another length is let through:
     its parameters do not fit either, and `describe` puts that in plainer words.
     """
     if not {_LEVELS, _BIAS, "word_embed.weight", "pos_1LC"} <= set(state):
         return None
     levels = state[_LEVELS].flatten().cpu()
     if len(levels) == layout.seq_len and not torch.equal(levels, layout.level_of()):
-        raise ValueError(
+        raise SandboxError(
             f"the checkpoint has other scales: tokens per scale {levels.bincount().tolist()}, "
             f"but the schedule has {layout.level_of().bincount().tolist()}"
         )
     bias = state[_BIAS].float().cpu()
     if bias.shape[-1] == layout.seq_len and not torch.equal(bias, _attention_bias(layout)):
-        raise ValueError("the checkpoint has another attention mask than the schedule")
+        raise SandboxError("the checkpoint has another attention mask than the schedule")
     for name, value in state.items():
         if name.endswith(_ZERO) and value.any():
-            raise ValueError(f"the checkpoint has a bias on its keys, {name}; here keys have none")
+            raise SandboxError(f"the checkpoint has a bias on its keys, {name}; here keys have none")
     return {
         name: value
         for name, value in state.items()
@@ -61,21 +61,21 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
         facts["depth"] = str(max(blocks) + 1)
         facts["AdaLN"] = "shared" if "blocks.0.ada_gss" in state else "per block"
         scale = state.get("blocks.0.attn.scale_mul_1H11")
-        facts["queries and keys"] = "as they are" if scale is None else "normalised"
+        facts["query-key normalisation"] = "off" if scale is None else "on"
         if scale is not None:
-            facts["heads"] = str(scale.shape[1])
+            facts["head count"] = str(scale.shape[1])
     for fact, name, axis in (
         ("width", "word_embed.weight", 0),
-        ("code channels", "word_embed.weight", 1),
-        ("tokens per image", "pos_1LC", 1),
-        ("tokens at the first step", "pos_start", 1),
-        ("scales", "lvl_embed.weight", 0),
-        ("vocabulary", "head.weight", 0),
+        ("code width", "word_embed.weight", 1),
+        ("token count", "pos_1LC", 1),
+        ("first step's token count", "pos_start", 1),
+        ("scale count", "lvl_embed.weight", 0),
+        ("vocabulary size", "head.weight", 0),
     ):
         if name in state:
             facts[fact] = str(state[name].shape[axis])
     if "class_emb.weight" in state:  # the last row means "no class"
-        facts["classes"] = str(len(state["class_emb.weight"]) - 1)
+        facts["class count"] = str(len(state["class_emb.weight"]) - 1)
     return facts
 
 
