@@ -64,6 +64,7 @@ class Fid:
 
     paired = False
     reads_features = True
+    reads_features = True
     score = "fid"
 
     class Params(sandbox.Params):
@@ -116,6 +117,7 @@ class Kid:
 
     paired = False
     reads_features = True
+    reads_features = True
 
     class Params(sandbox.Params):
         num_subsets: int = Field(default=100, ge=1)
@@ -163,6 +165,7 @@ class Inception:
     """
 
     paired = False
+    reads_features = True
     reads_features = True
 
     class Params(sandbox.Params):

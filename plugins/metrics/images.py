@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -17,6 +18,7 @@ class _PerImage:
     """The mean of a score that is taken image by image, in float64."""
 
     paired = True
+    reads_features = False
     reads_features = False
     score: str
 
@@ -93,24 +95,35 @@ class ClassAccuracy:
 
     paired = False
     reads_features = True
+    reads_features = True
 
     class Params(sandbox.Params):
         """No settings."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        self._count = 0
-        self._right: Tensor | None = None
+        self._seen = 0
+        self._counts: Tensor | None = None
 
     def update(self, real: Evidence | None, fake: Evidence | None) -> None:
         if fake is None:
             return
-        right = (fake.logits.argmax(dim=1) == fake.labels).sum()
-        self._right = right if self._right is None else self._right + right
-        self._count += len(fake.labels)
+        right = fake.logits.argmax(dim=1) == fake.labels
+        counts = torch.stack([right, fake.labels >= 0]).sum(dim=1)
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._seen += len(fake.labels)
 
     def compute(self) -> Mapping[str, float]:
-        """`class_accuracy` in [0, 1]. Raises SandboxError where nothing was generated."""
-        if self._right is None or not self._count:
+        """`class_accuracy` in [0, 1].
+
+        Raises SandboxError where nothing was generated, or an image's class (-1) is not known.
+        """
+        right, labelled = (0, 0) if self._counts is None else self._counts.tolist()
+        if not self._seen:
             raise sandbox.SandboxError("class-accuracy: no generated images: evaluate at least 1")
-        return {"class_accuracy": int(self._right) / self._count}
+        if labelled < self._seen:
+            raise sandbox.SandboxError(
+                f"class-accuracy: {self._seen - labelled} of {self._seen} images have no label: "
+                "score images whose classes are known, or leave class-accuracy out"
+            )
+        return {"class_accuracy": right / self._seen}

@@ -231,6 +231,9 @@ def test_class_accuracy_is_the_share_of_images_that_show_what_was_asked_for():
     metric.update(evidence(logits, labels=torch.full((4,), 3)), None)  # real images do not count
     metric.update(None, evidence(logits[:1], labels=labels[:1]))
     assert metric.compute() == {"class_accuracy": 4 / 5}
+    metric.update(None, evidence(logits, labels=torch.full((4,), -1)))
+    with pytest.raises(sandbox.SandboxError, match="4 of 9 images have no label"):
+        metric.compute()
 
 
 UNPAIRED = {
