@@ -7,6 +7,7 @@ with its neighbours.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,40 +20,34 @@ import sandbox
 
 from .images import ImageSize, check_indices
 
-_Vertices = tuple[tuple[float, float], ...]
-
-
-def _regular(num_corners: int, *radii: float) -> _Vertices:
-    """Corners on a circle, the first at the top; radii are taken in turn."""
-    angles = [2 * math.pi * i / num_corners for i in range(num_corners)]
-    radius = [radii[i % len(radii)] for i in range(num_corners)]
-    return tuple((r * math.sin(a), -r * math.cos(a)) for r, a in zip(radius, angles, strict=True))
-
-
-def _cross(arm: float) -> _Vertices:
-    a = arm
-    quarter = [(-a, -1.0), (a, -1.0), (a, -a)]
-    turns = [lambda x, y: (x, y), lambda x, y: (-y, x), lambda x, y: (-x, -y), lambda x, y: (y, -x)]
-    return tuple(turn(x, y) for turn in turns for x, y in quarter)
-
-
-_FORMS: dict[str, _Vertices] = {
-    "circle": (),
-    "square": ((-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)),
-    "triangle": _regular(3, 1.1),
-    "cross": _cross(0.36),
-    "diamond": ((0.0, -1.1), (0.62, 0.0), (0.0, 1.1), (-0.62, 0.0)),
-    "star": _regular(10, 1.1, 0.48),
-    "arrow": (
-        *((0.0, -1.0), (0.9, -0.05), (0.34, -0.05), (0.34, 0.95)),
-        *((-0.34, 0.95), (-0.34, -0.05), (-0.9, -0.05)),
-    ),
-    "hourglass": ((-0.75, -0.95), (0.75, -0.95), (-0.75, 0.95), (0.75, 0.95)),
+_HALF_OUTLINES: dict[str, list[tuple[float, float]]] = {
+    "circle": [],
+    "square": [(0.0, -0.8), (0.8, -0.8), (0.8, 0.8), (0.0, 0.8)],
+    "triangle": [(0.0, -1.1), (0.95, 0.55), (0.0, 0.55)],
+    "cross": [
+        *((0.0, -1.0), (0.36, -1.0), (0.36, -0.36), (1.0, -0.36)),
+        *((1.0, 0.36), (0.36, 0.36), (0.36, 1.0), (0.0, 1.0)),
+    ],
+    "diamond": [(0.0, -1.1), (0.62, 0.0), (0.0, 1.1)],
+    "star": [
+        (radius * math.sin(turn * math.pi / 5), -radius * math.cos(turn * math.pi / 5))
+        for turn, radius in enumerate([1.1, 0.48] * 3)
+    ],
+    "arrow": [(0.0, -1.0), (0.9, -0.05), (0.34, -0.05), (0.34, 0.95), (0.0, 0.95)],
+    "hourglass": [(0.0, -0.95), (0.75, -0.95), (0.0, 0.0), (0.75, 0.95), (0.0, 0.95)],
 }
-"""Corners in units of the radius, y down. A form without corners is the unit circle. The diamond is
-narrow, so that no turn makes it a square."""
+"""Every form is its own mirror image, so its right half says it all: corners from top to bottom, in
+units of the radius, y down. The circle has none. The diamond is narrow, so that no turn makes it a
+square."""
 
-_CLASS_NAMES = [f"{fill} {form}" for form in _FORMS for fill in ("filled", "hollow")]
+_NUM_CORNERS = max(len(corners) for corners in _HALF_OUTLINES.values())
+_CORNERS: Float[Tensor, "form corner 2"] = torch.tensor(
+    [
+        corners + [corners[-1] if corners else (0.0, 0.0)] * (_NUM_CORNERS - len(corners))
+        for corners in _HALF_OUTLINES.values()
+    ]
+)
+_CLASS_NAMES = [f"{fill} {form}" for form in _HALF_OUTLINES for fill in ("filled", "hollow")]
 
 
 class Shapes:
@@ -143,12 +138,7 @@ class Shapes:
         centre = extent + room * (2 * dice.roll(2) - 1)
         x, y = self._grid(centre, turn * (2 * dice.roll() - 1))
         unit = rearrange(radius, "b -> b 1 1")
-        x, y = x / unit, y / unit
-        distance = torch.empty_like(x)
-        for form, vertices in enumerate(_FORMS.values()):
-            rows = (labels // 2 == form).nonzero().squeeze(1)
-            distance[rows] = _signed_distance(x[rows], y[rows], vertices)
-        distance = distance * unit
+        distance = _signed_distance(x / unit, y / unit, labels // 2) * unit
         stroke = (0.12 * unit).clamp(min=0.65)
         hollow = rearrange(labels % 2 == 1, "b -> b 1 1")
         distance = torch.where(hollow, distance.abs() - stroke, distance)
@@ -194,20 +184,22 @@ def _mix(words: np.ndarray) -> np.ndarray:
 
 
 def _signed_distance(
-    x: Float[Tensor, "b h w"], y: Float[Tensor, "b h w"], vertices: _Vertices
+    x: Float[Tensor, "b h w"], y: Float[Tensor, "b h w"], forms: Int[Tensor, " b"]
 ) -> Float[Tensor, "b h w"]:
-    """Distance to a polygon's edge, negative inside (even-odd rule); none: the unit circle."""
-    if not vertices:
-        return torch.hypot(x, y) - 1
+    """Distance of points to the outline of each image's form, negative inside (even-odd rule)."""
+    x = x.abs()
     nearest = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
-    for (ax, ay), (bx, by) in zip(vertices, (*vertices[1:], vertices[0]), strict=True):
+    corners = rearrange(_CORNERS[forms], "b corner xy -> corner xy b 1 1")
+    for (ax, ay), (bx, by) in pairwise(corners):
         ex, ey, dx, dy = bx - ax, by - ay, x - ax, y - ay
-        along = ((dx * ex + dy * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-        nearest = torch.minimum(nearest, (dx - along * ex) ** 2 + (dy - along * ey) ** 2)
-        if ey != 0:
-            inside ^= ((y < ay) != (y < by)) & (dx < dy * (ex / ey))
-    return nearest.sqrt() * torch.where(inside, -1.0, 1.0)
+        # A repeated corner makes an edge of length 0: still a point of the outline.
+        length_squared = (ex * ex + ey * ey).clamp(min=1e-12)
+        along = (dx * (ex / length_squared) + dy * (ey / length_squared)).clamp_(0, 1)
+        nearest = torch.minimum(nearest, (dx - along * ex).square_() + (dy - along * ey).square_())
+        inside ^= ((y < ay) != (y < by)) & ((dx * ey < dy * ex) == (ey > 0))
+    polygon = nearest.sqrt_() * torch.where(inside, -1.0, 1.0)
+    return torch.where(rearrange(forms == 0, "b -> b 1 1"), torch.hypot(x, y) - 1, polygon)
 
 
 def _over(

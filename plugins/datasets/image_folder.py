@@ -1,0 +1,238 @@
+"""Image files in class folders, as in ImageNet, decoded when they are asked for."""
+
+import os
+import struct
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Int, UInt8
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+import sandbox
+
+from .images import ImageSize, check_indices, from_bytes, randomly_flipped
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_LAYOUT = (
+    "lay the images out as ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (ImageNet: "
+    "https://image-net.org/download), as ROOT/CLASS/*.jpg, or without classes as ROOT/*.jpg"
+)
+# What Pillow's decoders let through when a file is cut or damaged.
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a split; `labels` index the class names of the data set."""
+
+    paths: list[str]
+    labels: list[int]
+
+
+class ImageFolder:
+    """Photographs under class folders, resized and cropped as published for VAR.
+
+    The shorter side is resized to 1.125 times the crop (Lanczos); training crops at random,
+    validation in the middle. EXIF orientation is ignored, as published. Files that could not be
+    read and were skipped stand in `skipped`.
+    """
+
+    class Params(sandbox.Params):
+        root: Path
+        """Folder with train/CLASS/* and val/CLASS/*, with CLASS/*, or with images and no classes.
+        Suffixes: jpg, jpeg, png, webp."""
+        image_size: ImageSize = (256, 256)
+        """Height and width in pixels, or one number for a square."""
+        augment: Literal["random-crop", "center-crop"] = "random-crop"
+        """How training images are cropped."""
+        flip: bool = False
+        """Mirror training images left to right at even odds."""
+        on_corrupt: Literal["fail", "skip"] = "fail"
+        """What an unreadable file does: stop the run, or be reported once and replaced by the
+        next readable image."""
+        validation_share: float = Field(default=0.05, gt=0, lt=1)
+        """Share of the images that is held out where there are no folders train and val."""
+        seed: int = Field(default=0, ge=0)
+        """Which images are held out."""
+        num_workers: int = Field(default=4, ge=1, le=256)
+        """Threads that decode; they change the speed and never the images."""
+
+    def __init__(self, params: "ImageFolder.Params") -> None:
+        """List the files. Raises SandboxError where the folder is missing, empty or ambiguous."""
+        self._params = params
+        self.image_size = params.image_size
+        self.class_names, self._files = _splits(params)
+        self.num_classes = len(self.class_names)
+        self.skipped: list[str] = []
+
+    def size(self, split: sandbox.Split) -> int:
+        return len(self._files[split].paths)
+
+    def batch(
+        self, split: sandbox.Split, indices: Int[Tensor, " b"], rng: torch.Generator
+    ) -> sandbox.Batch:
+        """The images at `indices`. Raises RunError for an unreadable file, unless it is skipped."""
+        check_indices(indices, self.size(split))
+        train = split == "train"
+        # All random numbers are drawn before the threads start.
+        places: list[list[float] | None] = [None] * len(indices)
+        if train and self._params.augment == "random-crop":
+            places = torch.rand(len(indices), 2, generator=rng).tolist()
+        jobs = zip(indices.tolist(), places, strict=True)
+        with ThreadPoolExecutor(self._params.num_workers) as pool:
+            loaded = list(pool.map(lambda job: self._load(split, *job), jobs))
+        images = torch.empty(len(loaded), 3, *self.image_size, dtype=torch.uint8)
+        labels = torch.empty(len(loaded), dtype=torch.long)
+        for row, (image, label, damaged) in enumerate(loaded):
+            images[row], labels[row] = image, label
+            self._report(damaged)
+        if train and self._params.flip:
+            images = randomly_flipped(images, rng)
+        return sandbox.Batch(from_bytes(images), labels)
+
+    def _load(
+        self, split: sandbox.Split, index: int, place: list[float] | None
+    ) -> tuple[UInt8[Tensor, "3 h w"], int, dict[str, str]]:
+        """An image, its label, and the unreadable files passed over on the way, with reasons."""
+        files, damaged = self._files[split], {}
+        for ahead in range(len(files.paths)):
+            i = (index + ahead) % len(files.paths)
+            path = files.paths[i]
+            try:
+                with Image.open(path) as image:
+                    pixels = _cropped(image.convert("RGB"), self.image_size, place)
+            except _DAMAGE as error:
+                if self._params.on_corrupt == "fail":
+                    raise sandbox.RunError(
+                        f"image-folder: {path} cannot be read as an image ({error}): replace or "
+                        f"remove it, or set on_corrupt: skip"
+                    ) from error
+                damaged[path] = str(error)
+            else:
+                return pixels, files.labels[i], damaged
+        raise sandbox.RunError(
+            f"image-folder: no {split} image below {self._params.root} can be read, the last for "
+            f"this reason: {damaged[path]}"
+        )
+
+    def _report(self, damaged: dict[str, str]) -> None:
+        for path, reason in damaged.items():
+            if path not in self.skipped:
+                self.skipped.append(path)
+                warnings.warn(
+                    f"image-folder: skipped {path}, which cannot be read as an image ({reason})",
+                    stacklevel=3,
+                )
+
+
+def _cropped(
+    image: Image.Image, size: tuple[int, int], place: list[float] | None
+) -> UInt8[Tensor, "3 h w"]:
+    """Resize to cover 1.125 times `size`, then crop `size`.
+
+    `place` says where, down and right, in [0, 1); None is the middle.
+    """
+    height, width = size
+    cover_h, cover_w = round(1.125 * height), round(1.125 * width)
+    if image.width * cover_h <= image.height * cover_w:
+        new_w, new_h = cover_w, max(cover_h, cover_w * image.height // image.width)
+    else:
+        new_w, new_h = max(cover_w, cover_h * image.width // image.height), cover_h
+    if place is None:
+        top, left = round((new_h - height) / 2), round((new_w - width) / 2)
+    else:
+        top, left = int(place[0] * (new_h - height + 1)), int(place[1] * (new_w - width + 1))
+    resized = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
+    pixels = np.array(resized.crop((left, top, left + width, top + height)))
+    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+
+
+def _splits(params: ImageFolder.Params) -> tuple[list[str], dict[sandbox.Split, _Files]]:
+    """Class names and the files of both splits."""
+    root = params.root.expanduser()
+    if not root.is_dir():
+        raise sandbox.SandboxError(f"image-folder: no folder {root}; {_LAYOUT}")
+    if not (root / "train").is_dir():
+        class_names, files = _listed(root)
+        return class_names, _divided(files, params)
+    if not (root / "val").is_dir():
+        raise sandbox.SandboxError(
+            f"image-folder: {root} has a folder train but no val: add it, or set root to "
+            f"{root / 'train'} to have a share of it held out"
+        )
+    class_names, train = _listed(root / "train")
+    val_names, val = _listed(root / "val")
+    if unknown := sorted(set(val_names) - set(class_names)):
+        raise sandbox.SandboxError(
+            f"image-folder: {root / 'val'} has classes that {root / 'train'} has not, such as "
+            f"{unknown[0]!r}: remove them or add them there"
+        )
+    labels = [class_names.index(val_names[label]) for label in val.labels]
+    return class_names, {"train": train, "validation": _Files(val.paths, labels)}
+
+
+def _listed(folder: Path) -> tuple[list[str], _Files]:
+    """Class names (the subfolders, sorted) and all files in them, or one class of loose files."""
+    loose = _images_in(folder, deep=False)
+    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    members = {f.name: _images_in(f, deep=True) for f in folders}
+    if loose and any(members.values()):
+        raise sandbox.SandboxError(
+            f"image-folder: {folder} holds both images ({Path(loose[0]).name}) and class folders "
+            f"({next(name for name, paths in members.items() if paths)}): move one of them away"
+        )
+    if loose:
+        members = {"image": loose}
+    if not any(members.values()):
+        raise sandbox.SandboxError(f"image-folder: no images in {folder}; {_LAYOUT}")
+    if empty := [name for name, paths in members.items() if not paths]:
+        raise sandbox.SandboxError(
+            f"image-folder: the class folder {folder / empty[0]} has no images "
+            f"({', '.join(_SUFFIXES)}): fill or remove it"
+        )
+    labels = [label for label, paths in enumerate(members.values()) for _ in paths]
+    return list(members), _Files([p for paths in members.values() for p in paths], labels)
+
+
+def _images_in(folder: Path, deep: bool) -> list[str]:
+    """The image files in a folder, sorted; also those further down where `deep`."""
+    found: list[str] = []
+    for path, folders, names in os.walk(folder, followlinks=True):
+        found += [
+            os.path.join(path, name)
+            for name in names
+            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        ]
+        if not deep:
+            folders.clear()
+    return sorted(found)
+
+
+def _divided(files: _Files, params: ImageFolder.Params) -> dict[sandbox.Split, _Files]:
+    """Hold a seeded share out; each split keeps the order of the files."""
+    num = len(files.paths)
+    if num < 2:
+        raise sandbox.SandboxError(
+            f"image-folder: {params.root} has one image, but training and validation need one each"
+        )
+    num_held_out = min(max(round(params.validation_share * num), 1), num - 1)
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(params.seed)).tolist()
+    parts = {"train": order[num_held_out:], "validation": order[:num_held_out]}
+    return {
+        split: _Files(
+            [files.paths[i] for i in sorted(part)], [files.labels[i] for i in sorted(part)]
+        )
+        for split, part in parts.items()
+    }
