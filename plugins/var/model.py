@@ -91,7 +91,8 @@ class VAR(nn.Module):
         )
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, tokens.vocab_size)
-        self.register_buffer("level", layout.level_of(), persistent=False)
+        with torch.device("cpu"):  # known also where the weights are only planned (meta device)
+            self.register_buffer("level", layout.level_of(), persistent=False)
         self.mask = Mask(layout.lens)
         self._initialise()
 

@@ -18,7 +18,7 @@ _LEVELS, _BIAS, _ZERO = "lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias"
 def to_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor] | None:
     """A published state dict without its buffers; None if `state` has not the published layout.
 
-    Raises SandboxError if the buffers contradict the layout. A file of another length is let through:
+    Raises SandboxError if the buffers contradict the layout. A file of another length passes:
     its parameters do not fit either, and `describe` puts that in plainer words.
     """
     if not {_LEVELS, _BIAS, "word_embed.weight", "pos_1LC"} <= set(state):
@@ -34,7 +34,9 @@ def to_ours(state: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor] | 
         raise SandboxError("the checkpoint has another attention mask than the schedule")
     for name, value in state.items():
         if name.endswith(_ZERO) and value.any():
-            raise SandboxError(f"the checkpoint has a bias on its keys, {name}; here keys have none")
+            raise SandboxError(
+                f"the checkpoint has a bias on its keys, {name}; here keys have none"
+            )
     return {
         name: value
         for name, value in state.items()

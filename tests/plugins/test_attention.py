@@ -1,0 +1,216 @@
+import dataclasses
+import runpy
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox import AttentionRequest, Mask
+from sandbox_plugins import attention
+from sandbox_plugins.attention import (
+    AutoAttention,
+    FlexAttention,
+    MathAttention,
+    SdpaAttention,
+    XformersAttention,
+)
+
+OTHERS = [AutoAttention, SdpaAttention, FlexAttention, XformersAttention]
+
+
+def build(cls):
+    return cls(cls.Params())
+
+
+def queries_keys_values(seed, b, heads, n, p, e, needs_grad=True, **options):
+    rng = torch.Generator().manual_seed(seed)
+    shapes = (b, heads, n, e), (b, heads, p, e), (b, heads, p, e)
+    drawn = (torch.randn(shape, generator=rng).to(**options) for shape in shapes)
+    return [x.requires_grad_(needs_grad) for x in drawn]
+
+
+def request_of(q, k, mask):
+    return AttentionRequest(
+        str(q.device), q.dtype, q.shape[-1], q.shape[-2], k.shape[-2], mask, q.requires_grad
+    )
+
+
+def outcome(backend, q, k, v, mask, scale):
+    """The output and, where asked for, the gradients of a fixed weighted sum of it."""
+    out = backend.attend(q, k, v, mask, scale)
+    if not q.requires_grad:
+        return [out]
+    weights = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), (q, k, v))]
+
+
+@st.composite
+def calls(draw):
+    """Masks of every kind with queries and keys that fit them."""
+    lens = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    seed, kind = draw(st.integers(0, 2**16)), draw(st.sampled_from(["steps", "none", "dense"]))
+    n = p = sum(lens)
+    mask = Mask(lens)
+    if kind != "steps":
+        p = n + draw(st.integers(0, 3))
+        mask = Mask()
+    if kind == "dense":
+        dense = torch.rand(n, p, generator=torch.Generator().manual_seed(seed)) < 0.5
+        dense[:, draw(st.integers(0, p - 1))] = True
+        mask = Mask(dense=dense)
+    b, heads, e = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([4, 8]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    needs_grad = draw(st.booleans())
+    return mask, queries_keys_values(seed, b, heads, n, p, e, needs_grad, dtype=dtype)
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+@given(call=calls())
+def test_every_backend_equals_the_plain_formula_or_refuses_with_a_reason(cls, call):
+    mask, (q, k, v) = call
+    backend = build(cls)
+    if reason := backend.refusal(request_of(q, k, mask)):
+        assert len(reason) > 10
+        with pytest.raises(ValueError, match="cannot honour this call"):
+            backend.attend(q, k, v, mask, 0.3)
+        return
+    expected = outcome(build(MathAttention), q, k, v, mask, 0.3)
+    for ours, plain in zip(outcome(backend, q, k, v, mask, 0.3), expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@given(call=calls())
+def test_the_plain_formula_is_the_mean_of_the_values_that_a_query_may_see(call):
+    mask, (q, k, v) = call
+    allowed = mask.to_tensor()
+    if allowed is None:
+        allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    out = build(MathAttention).attend(torch.zeros_like(q), k, v, mask, 1.0)
+    for row, seen in enumerate(allowed):
+        torch.testing.assert_close(out[:, :, row], v[:, :, seen].mean(dim=2))
+
+
+def test_half_precision_is_computed_in_float32_by_the_plain_formula():
+    q, k, v = queries_keys_values(0, 1, 2, 14, 14, 8, needs_grad=False)
+    mask, plain = Mask((1, 4, 9)), build(MathAttention)
+    low = plain.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask, 1.0)
+    rounded = (x.bfloat16().float() for x in (q, k, v))
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, plain.attend(*rounded, mask, 1.0).bfloat16())
+
+
+@pytest.mark.parametrize("cls", [MathAttention, *OTHERS])
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (Mask((1, 4, 8)), "13 tokens, but there are 14 queries, 14 keys"),
+        (Mask((13,)), "13 tokens"),
+        (Mask(dense=torch.ones(14, 13, dtype=torch.bool)), "a dense mask must be booleans"),
+        (Mask(dense=torch.zeros(14, 14)), "a dense mask must be booleans"),
+        (Mask(dense=torch.zeros(14, 14, dtype=torch.bool)), "may look at no key"),
+    ],
+)
+def test_no_backend_honours_a_mask_that_does_not_fit(cls, mask, reason):
+    q, k, v = queries_keys_values(0, 1, 1, 14, 14, 8, needs_grad=False)
+    assert reason in build(cls).refusal(request_of(q, k, mask))
+    with pytest.raises(ValueError, match=reason):
+        build(cls).attend(q, k, v, mask, 1.0)
+
+
+@pytest.mark.parametrize("cls", [MathAttention, *OTHERS])
+def test_whole_numbers_are_refused(cls):
+    request = AttentionRequest("cpu", torch.int64, 8, 4, 4, Mask(), False)
+    assert "floating-point" in build(cls).refusal(request)
+
+
+REQUEST = AttentionRequest("cuda", torch.bfloat16, 64, 14, 14, Mask((1, 4, 9)), True)
+
+
+@pytest.mark.parametrize(
+    ("cls", "change", "reason"),
+    [
+        (XformersAttention, {"device": "cpu"}, "CUDA devices only"),
+        (XformersAttention, {"dtype": torch.float64}, "no kernel for torch.float64"),
+        (FlexAttention, {"device": "cpu"}, "no backward pass on a CPU"),
+        (FlexAttention, {"device": "mps"}, "not offered on mps"),
+        (FlexAttention, {"head_dim": 8}, "at least 16 channels, got 8"),
+        (FlexAttention, {"dtype": torch.float64}, "no float64 kernel"),
+    ],
+)
+def test_a_backend_says_what_it_cannot_honour(cls, change, reason):
+    assert reason in build(cls).refusal(dataclasses.replace(REQUEST, **change))
+
+
+def test_flex_on_cuda_and_forward_passes_of_flex_on_a_cpu_are_honoured():
+    assert build(FlexAttention).refusal(REQUEST) is None
+    forward = dataclasses.replace(REQUEST, device="cpu", needs_grad=False)
+    assert build(FlexAttention).refusal(forward) is None
+
+
+def test_xformers_is_not_imported_before_it_is_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)  # importing it is now an ImportError
+    q, k, _ = queries_keys_values(0, 1, 1, 4, 4, 8, needs_grad=False)
+    fresh = runpy.run_path(attention.__file__)
+    assert "CUDA" in build(fresh["XformersAttention"]).refusal(request_of(q, k, Mask()))
+
+
+def test_a_mask_first_met_in_inference_mode_can_be_trained_with_later():
+    q, k, v = queries_keys_values(0, 1, 1, 12, 12, 8)
+    mask = Mask((3, 2, 7))
+    for cls in (MathAttention, SdpaAttention):
+        with torch.inference_mode():
+            build(cls).attend(q.detach(), k.detach(), v.detach(), mask, 1.0)
+        assert all(x.isfinite().all() for x in outcome(build(cls), q, k, v, mask, 1.0))
+
+
+PUBLISHED = tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+ON_CUDA = {
+    "full": Mask(),
+    "causal": Mask((1,) * 45),
+    "unaligned steps": Mask((1, 4, 9, 16)),
+    "steps over several blocks": Mask((1, 4, 16, 36, 64, 100)),
+    "published steps": Mask(PUBLISHED),
+    "dense": Mask(dense=torch.arange(37) <= torch.arange(29)[:, None] + 8),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", ON_CUDA.values(), ids=ON_CUDA)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
+def test_fused_kernels_equal_the_plain_formula_forward_and_backward(cls, dtype, mask):
+    if mask.dense is not None:
+        n, p = mask.dense.shape
+    else:
+        n = p = 30 if mask.step_lens is None else sum(mask.step_lens)
+    q, k, v = queries_keys_values(0, 2, 3, n, p, 64, device="cuda", dtype=dtype)
+    backend = build(cls)
+    assert backend.refusal(request_of(q, k, mask)) is None
+    expected = outcome(build(MathAttention), q, k, v, mask, 0.2)
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}[dtype]
+    for ours, plain in zip(outcome(backend, q, k, v, mask, 0.2), expected, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@pytest.mark.gpu
+def test_xformers_names_its_own_limit_of_the_head_size():
+    q, k, v = queries_keys_values(0, 1, 1, 14, 14, 12, device="cuda", dtype=torch.bfloat16)
+    reason = build(XformersAttention).refusal(request_of(q, k, Mask((1, 4, 9))))
+    assert "% 8" in reason
+    with pytest.raises(ValueError, match="% 8"):
+        build(XformersAttention).attend(q, k, v, Mask((1, 4, 9)), 1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
+def test_stepwise_calls_of_many_lengths_are_honoured_on_cuda(cls):
+    for step in range(1, 14):
+        q, k, v = queries_keys_values(
+            step, 1, 2, 2 * step + 1, step * (step + 2), 64, False, device="cuda", dtype=torch.half
+        )
+        expected = build(MathAttention).attend(q, k, v, Mask(), 0.2)
+        out = build(cls).attend(q, k, v, Mask(), 0.2)
+        assert (out - expected).abs().max() <= 4e-3 * expected.abs().max()
