@@ -39,7 +39,7 @@ class _InceptionNetwork(FeatureExtractorInceptionV3):
         empty = io.BytesIO()
         torch.save({}, empty)
         empty.seek(0)
-        super().__init__("inception-v3-compat", ["2048", "logits"], empty)
+        super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], empty)
         self._constructed = True
 
     def load_state_dict(
@@ -58,8 +58,9 @@ class Inception:
     """The Inception-v3 of the published FID (TensorFlow's graph of 2015-12-05), 2048 features.
 
     Images are rounded to 8 bits and resized to 299 px as TensorFlow 1 did it, without
-    anti-aliasing. The logits are those of its 1008 ImageNet outputs, not the data set's classes.
-    The weights are those known as `pt_inception-2015-12-05-6726825d.pth`; none are downloaded here.
+    anti-aliasing. The logits are those of its 1008 ImageNet outputs, not the data set's classes,
+    and without their bias, as in the published Inception score. The weights are those known as
+    `pt_inception-2015-12-05-6726825d.pth`; none are downloaded here.
     """
 
     label = "inception"

@@ -38,7 +38,7 @@ def test_inception_is_built_offline_and_equals_torch_fidelity_with_the_same_weig
     torch.save(extractor.network.state_dict(), weights)
     other = Inception(Inception.Params(), (16, 16), 10)
     other.network.load_state_dict(torch.load(weights, weights_only=True), strict=True)
-    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits"], str(weights))
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(weights))
     pixels = torch.randint(256, (1, 3, 20, 16), dtype=torch.uint8)
     expected = theirs(pixels)
     for found in (extractor, other):

@@ -289,6 +289,15 @@ def test_a_nan_feature_is_an_error_and_not_a_score(cls):
         score(cls, rows, broken, **UNPAIRED[cls])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", UNPAIRED)
+def test_a_score_on_a_gpu_is_the_score_on_the_cpu(cls):
+    real, fake = draw(0, 60), draw(1, 50, shift=0.4)
+    expected = score(cls, real, fake, batch_size=16, **UNPAIRED[cls])
+    found = score(cls, real.cuda(), fake.cuda(), batch_size=16, **UNPAIRED[cls])
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_metrics_are_registered_and_meet_the_interface(registry):
     names = {entry.name for entry in registry if entry.plugin == "metrics"}
     assert names == {

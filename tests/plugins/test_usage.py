@@ -72,10 +72,10 @@ def test_counting_on_a_gpu_equals_counting_on_the_cpu_and_does_not_wait():
     here, there = CodebookUsage(layout, 50), CodebookUsage(layout, 50)
     there.update(ids[:1].cuda())
     here.update(ids[:1])
+    on_device = ids.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there.update(on_device := ids.cuda(non_blocking=True))
-        assert on_device.is_cuda
+        there.update(on_device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     here.update(ids)
