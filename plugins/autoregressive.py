@@ -40,6 +40,7 @@ class Autoregressive:
             raise sandbox.SandboxError(
                 "the generator 'autoregressive' predicts a tokenizer's ids: name a tokenizer"
             )
+        self.params = params
         self.tokenizer, self.num_classes = subject.tokenizer, subject.num_classes
         self.layout = self.tokenizer.layout
         self.backbone = params.backbone.build(

@@ -1,0 +1,244 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from sandbox import Layout, Part, SandboxError, Subject
+from sandbox_plugins.attention import SdpaAttention
+from sandbox_plugins.autoregressive import Autoregressive, keep_cells
+from sandbox_plugins.objectives import CrossEntropy
+from sandbox_plugins.samplers import Greedy, TopKTopP
+from sandbox_plugins.var.model import VAR
+
+rasters = st.builds(Layout.raster, st.integers(1, 3), st.integers(1, 3))
+pyramids = st.lists(st.integers(1, 4), min_size=1, max_size=3, unique=True).map(
+    lambda sides: Layout.pyramid(*((side, side + 1) for side in sorted(sides)))
+)
+layouts = rasters | pyramids
+seeds = st.integers(0, 2**16)
+
+
+class ToyTokenizer:
+    """Residual colours over any layout: a code is a colour, a canvas a small image."""
+
+    code_dim = 3
+
+    def __init__(self, layout, vocab_size=13):
+        self.layout, self.vocab_size = layout, vocab_size
+        self.image_size = (4 * layout.size[0], 4 * layout.size[1])
+        self.colours = torch.randn(vocab_size, 3, generator=torch.Generator().manual_seed(0))
+
+    def encode(self, images):
+        image = F.adaptive_avg_pool2d(images, self.layout.size)
+        canvas, ids = self.canvas(len(images)), []
+        for index in range(len(self.layout.steps)):
+            rest = self._cells(image - canvas, index)
+            ids.append(torch.cdist(rest, self.colours.expand(len(rest), -1, -1)).argmin(-1))
+            canvas = self.paint(canvas, self.embed(ids[-1]), index)
+        return torch.cat(ids, 1).int()
+
+    def decode(self, ids):
+        *_, canvas = self._canvases(ids)
+        return self.render(canvas)
+
+    def contexts(self, ids):
+        canvases = list(self._canvases(ids))[:-1]
+        return torch.cat([self.context(canvas, step) for step, canvas in enumerate(canvases)], 1)
+
+    def embed(self, ids):
+        return self.colours[ids.long()]
+
+    def canvas(self, batch_size):
+        return torch.zeros(batch_size, 3, *self.layout.size)
+
+    def paint(self, canvas, codes, step):
+        shape = self.layout.steps[step]
+        cells = torch.zeros(len(codes), shape.height * shape.width, 3)
+        cells[:, list(shape.cells)] = codes
+        maps = cells.mT.unflatten(2, (shape.height, shape.width))
+        return canvas + F.interpolate(maps, self.layout.size, mode="nearest-exact")
+
+    def context(self, canvas, step):
+        return self._cells(canvas, step) + canvas.mean((2, 3))[:, None]
+
+    def render(self, canvas):
+        return F.interpolate(canvas, self.image_size, mode="nearest-exact").clamp(-1, 1)
+
+    def _cells(self, maps, step):
+        shape = self.layout.steps[step]
+        pooled = F.adaptive_avg_pool2d(maps, (shape.height, shape.width))
+        return pooled.flatten(2).mT[:, list(shape.cells)]
+
+    def _canvases(self, ids):
+        canvas = self.canvas(len(ids))
+        yield canvas
+        for step, span in enumerate(self.layout.spans):
+            canvas = self.paint(canvas, self.embed(ids[:, span]), step)
+            yield canvas
+
+
+def part(cls, **settings):
+    return Part(cls.__name__, cls, cls.Params(**settings))
+
+
+def build(layout, sampler=None, objective=None, **backbone):
+    backbone = {"depth": 2, "width": 32, "num_heads": 2, **backbone}
+    params = Autoregressive.Params(
+        backbone=part(VAR, attention=part(SdpaAttention), **backbone),
+        sampler=sampler or part(TopKTopP),
+        objective=objective or part(CrossEntropy),
+    )
+    tokenizer = ToyTokenizer(layout)
+    return Autoregressive(params, Subject(tokenizer.image_size, 4, tokenizer))
+
+
+def awake(generator):
+    """The generator with weights large enough that what it predicts varies."""
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in generator.network.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    return generator
+
+
+def images_for(generator, seed, b=3):
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(b, 3, *generator.layout.size, generator=rng) * 2 - 1
+    return F.interpolate(coarse, generator.tokenizer.image_size, mode="nearest-exact")
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+LABELS = torch.tensor([0, 3, 1])
+
+
+@given(layout=layouts, seed=seeds)
+def test_the_loss_is_the_mean_over_tokens_and_its_parts_add_up(layout, seed):
+    generator = awake(build(layout, label_dropout=0.0, drop_path=0.0))
+    ids = generator.prepare(images_for(generator, seed))
+    losses = generator.loss(ids, LABELS)
+    logits = generator.network(generator.tokenizer.contexts(ids), LABELS)
+    per_token = F.cross_entropy(logits.mT, ids.long(), reduction="none")
+    torch.testing.assert_close(losses.total, per_token.mean())
+    torch.testing.assert_close(losses.parts["loss"], losses.total.detach())
+    assert losses.parts["accuracy"] == (logits.argmax(-1) == ids).float().mean()
+    scales = [name for name in losses.parts if name.startswith("loss/")]
+    if layout.num_levels == 1:
+        assert not scales
+    else:
+        assert scales == [f"loss/scale{k + 1}" for k in range(layout.num_levels)]
+        for name, span in zip(scales, layout.spans, strict=True):
+            torch.testing.assert_close(losses.parts[name], per_token[:, span].mean().detach())
+    assert not any(value.requires_grad for value in losses.parts.values())
+
+
+@given(layout=layouts, seed=seeds, guidance=st.sampled_from([0.0, 2.0]))
+def test_generating_repeats_with_the_seed_and_leaves_the_training_mode(layout, seed, guidance):
+    generator = awake(build(layout, part(TopKTopP, guidance=guidance)))
+    generator.network.train()
+    state = torch.get_rng_state()
+    first, second = (generator.generate(LABELS, rng(seed)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert first.shape == (3, 3, *generator.tokenizer.image_size)
+    assert first.abs().max() <= 1
+    assert generator.network.training
+    assert torch.equal(torch.get_rng_state(), state)  # no label was dropped, no path either
+
+
+def test_generated_images_can_be_used_in_a_computation_with_gradients():
+    image = awake(build(Layout.pyramid(1, 2))).generate(LABELS, rng())
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    (image * weight).sum().backward()
+    assert torch.equal(weight.grad.flatten(), image.sum((0, 2, 3)))
+
+
+def test_the_training_mode_is_restored_when_sampling_fails():
+    generator = build(Layout.pyramid(1, 2))
+    generator.network.train()
+    with pytest.raises(RuntimeError, match="enough"):
+        generator.generate(LABELS, rng(), watch=_fail)
+    assert generator.network.training
+
+
+def _fail(step, images):
+    raise RuntimeError("enough")
+
+
+@given(layout=layouts, seed=seeds)
+def test_every_step_is_shown_and_the_last_is_the_image(layout, seed):
+    generator = awake(build(layout))
+    seen = []
+    images = generator.generate(LABELS, rng(seed), lambda step, shown: seen.append((step, shown)))
+    assert [step for step, _ in seen] == list(range(len(layout.steps)))
+    assert torch.equal(seen[-1][1], images)
+
+
+@given(layout=layouts, seed=seeds)
+def test_an_edit_that_keeps_everything_is_the_reconstruction(layout, seed):
+    generator = awake(build(layout))
+    images = images_for(generator, seed)
+    kept = generator.edit(images, torch.ones(images.shape[2:]), LABELS, rng(seed))
+    expected = generator.tokenizer.decode(generator.prepare(images))
+    torch.testing.assert_close(kept, expected)
+
+
+@given(layout=rasters, seed=seeds)
+def test_an_edit_that_keeps_nothing_of_a_single_map_is_a_sample(layout, seed):
+    generator = awake(build(layout))
+    images = images_for(generator, seed)
+    edited = generator.edit(images, torch.zeros(images.shape[2:]), LABELS, rng(seed))
+    assert torch.equal(edited, generator.generate(LABELS, rng(seed)))
+
+
+def test_an_edit_of_a_raster_layout_keeps_the_masked_cells():
+    generator = awake(build(Layout.raster(3, 2, order=[5, 4, 3, 2, 1, 0])))
+    images = images_for(generator, 0)
+    masks = torch.tensor([[1, 0], [0, 1], [1, 1]]).float().expand(3, 3, 2).clone()
+    masks[0] = 0
+    edited = generator.edit(images, masks, LABELS, rng(0))
+    expected = generator.tokenizer.decode(generator.prepare(images))
+    pixels = F.interpolate(masks[:, None], images.shape[2:], mode="nearest-exact").bool()
+    assert torch.equal(edited[pixels.expand_as(edited)], expected[pixels.expand_as(edited)])
+    assert not torch.equal(edited, expected)
+
+
+def test_maps_of_at_most_three_cells_are_kept_whole_and_larger_ones_by_the_resized_mask():
+    layout = Layout.pyramid((1, 1), (1, 3), (2, 3), (4, 6))
+    left = torch.zeros(1, 8, 12)
+    left[..., :6] = 1
+    kept = [keep_cells(layout, left)[0, span] for span in layout.spans]
+    assert kept[0].all() and kept[1].all()
+    assert kept[2].view(2, 3).tolist() == [[True, False, False]] * 2
+    assert kept[3].view(4, 6).tolist() == [[True] * 3 + [False] * 3] * 4
+
+
+def test_a_batch_that_is_trained_on_is_learned_and_drawn_again():
+    torch.manual_seed(0)
+    generator = build(Layout.pyramid(1, 2), part(Greedy, guidance=0.0), label_dropout=0.0)
+    images = images_for(generator, 0)
+    ids = generator.prepare(images)
+    optimizer = torch.optim.AdamW(generator.network.parameters(), lr=1e-2)
+    for _ in range(150):
+        losses = generator.loss(ids, LABELS)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    assert losses.parts["accuracy"] == 1
+    torch.testing.assert_close(generator.generate(LABELS, rng()), generator.tokenizer.decode(ids))
+
+
+def test_a_recipe_without_a_tokenizer_is_told_so():
+    params = build(Layout.pyramid(1, 2)).params
+    with pytest.raises(SandboxError, match="name a tokenizer"):
+        Autoregressive(params, Subject((8, 8), 4, None))
+
+
+def test_sampler_and_objective_have_defaults(registry):
+    params = Autoregressive.Params.model_validate(
+        {"backbone": {"name": "var", "depth": 2}}, context={"registry": registry}
+    )
+    assert (params.sampler.name, params.objective.name) == ("top-k-top-p", "cross-entropy")
+    assert params.sampler.params.top_k == 900
