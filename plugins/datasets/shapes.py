@@ -2,8 +2,9 @@
 
 The label is the form (circle, square, ...) and whether it is filled or hollow; place, size, turn,
 colours, background and a faint distractor are nuisance. An image is a pure function of seed, split
-and index: its random numbers come from a hash of the three, never from a stream that is shared
-with its neighbours.
+and index: its random numbers are a hash of the three, never a stream shared with its neighbours,
+and pixels are reckoned in sums, products and square roots alone, which round the same way in a
+batch of any size; vectorised sines and exponentials do not.
 """
 
 import math
@@ -123,9 +124,9 @@ class Shapes:
         h, w = self.image_size
         angle, period = 2 * math.pi * dice.roll(), dice.between(0.25, 0.7) * min(h, w)
         x, y = self._grid(torch.tensor([w / 2, h / 2]).expand(len(angle), 2), angle)
-        wave = rearrange(2 * math.pi / period, "b -> b 1 1")
-        phase = rearrange(2 * math.pi * dice.roll(2), "b two -> two b 1 1")
-        weave = torch.sin(x * wave + phase[0]) * torch.sin(y * wave + phase[1])
+        frequency, phase = rearrange(1 / period, "b -> b 1 1"), dice.roll(2)
+        weave = _zigzag(x * frequency + rearrange(phase[:, 0], "b -> b 1 1"))
+        weave = weave * _zigzag(y * frequency + rearrange(phase[:, 1], "b -> b 1 1"))
         kind = rearrange((dice.roll() * 3).long(), "b -> b 1 1")
         return torch.where(kind == 1, x / math.hypot(h / 2, w / 2), weave) * (kind > 0)
 
@@ -142,14 +143,17 @@ class Shapes:
         stroke = (0.12 * unit).clamp(min=0.65)
         hollow = rearrange(labels % 2 == 1, "b -> b 1 1")
         distance = torch.where(hollow, distance.abs() - stroke, distance)
-        return torch.sigmoid(distance / -0.25)
+        return (0.5 - distance).clamp(0, 1)
 
     def _grid(
         self, centre: Float[Tensor, "b 2"], angle: Float[Tensor, " b"]
     ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b h w"]]:
         """Pixel centres in pixels, seen from `centre` by an observer turned by `angle`."""
         h, w = self.image_size
-        cos, sin = (rearrange(f(angle), "b -> b 1 1") for f in (torch.cos, torch.sin))
+        # In double, since the last bit of these two varies with the size of the batch.
+        cos, sin = (
+            rearrange(f(angle.double()).float(), "b -> b 1 1") for f in (torch.cos, torch.sin)
+        )
         x = torch.arange(w) + 0.5 - rearrange(centre[:, 0], "b -> b 1 1")
         y = rearrange(torch.arange(h) + 0.5, "h -> h 1") - rearrange(centre[:, 1], "b -> b 1 1")
         return cos * x + sin * y, cos * y - sin * x
@@ -160,7 +164,7 @@ class _Dice:
 
     def __init__(self, seed: int, split: sandbox.Split, indices: Int[Tensor, " b"]) -> None:
         key = _mix(np.array([2 * seed + (split == "validation")], dtype=np.uint64))
-        self._keys = _mix(key ^ _mix(indices.numpy().astype(np.uint64)))
+        self._keys = _mix(key + indices.numpy().astype(np.uint64))
         self._rolled = 0
 
     def roll(self, *axes: int) -> Float[Tensor, "b *axes"]:
@@ -168,7 +172,7 @@ class _Dice:
         num = math.prod(axes)
         counter = np.arange(self._rolled, self._rolled + num, dtype=np.uint64)
         self._rolled += num
-        bits = _mix(self._keys[:, None] + _mix(counter)) >> np.uint64(40)
+        bits = _mix(self._keys[:, None] + counter) >> np.uint64(40)
         return torch.from_numpy(bits.astype(np.float32) / 2**24).reshape(len(bits), *axes)
 
     def between(self, low: float, high: float, *axes: int) -> Float[Tensor, "b *axes"]:
@@ -199,7 +203,12 @@ def _signed_distance(
         nearest = torch.minimum(nearest, (dx - along * ex).square_() + (dy - along * ey).square_())
         inside ^= ((y < ay) != (y < by)) & ((dx * ey < dy * ex) == (ey > 0))
     polygon = nearest.sqrt_() * torch.where(inside, -1.0, 1.0)
-    return torch.where(rearrange(forms == 0, "b -> b 1 1"), torch.hypot(x, y) - 1, polygon)
+    return torch.where(rearrange(forms == 0, "b -> b 1 1"), (x * x + y * y).sqrt() - 1, polygon)
+
+
+def _zigzag(x: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+    """A triangle wave of period 1 between -1 and 1."""
+    return (x - x.floor() - 0.5).abs() * 4 - 1
 
 
 def _over(
