@@ -22,7 +22,7 @@ _SPLITS = _VALIDATION | {"train", "training"}
 _PALETTE = ["#3b6ea5", "#c8643c", "#5b8c5a", "#8d6aa9", "#b08a2e", "#4d9aa0", "#b0567c", "#777777"]
 _NUM_POINTS = 300
 _LOG_RATIO = 20.0
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "sandbox",
     "font.family": "sans-serif",

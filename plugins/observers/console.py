@@ -21,7 +21,7 @@ import sandbox
 from .wording import columns_of, duration, is_scalar, is_table, number, one_line
 
 _LIST_CHARACTERS = 100
-_NUM_SCALARS = 4
+_NUM_SCALARS = 2
 
 
 class Console:
@@ -35,7 +35,6 @@ class Console:
         self.params = params
         self.stream = sys.stdout
         self._bar: tqdm[Any] | None = None
-        self._labels: list[str] = []
         self._num_tasks = 0
         self._run_began = self._task_began = time.monotonic()
         self._forget_progress()
@@ -48,16 +47,16 @@ class Console:
     @sandbox.hookimpl
     def run_started(self, run: Any) -> None:
         self._run_began = time.monotonic()
-        self._labels.clear()
         self._num_tasks = _count_tasks(run.folder / "recipe.yaml")
         self._write(f"run folder: {run.folder}")
 
     @sandbox.hookimpl
     def task_started(self, run: Any, task: str, plan: Mapping[str, str]) -> None:
         self._close_bar()
-        self._labels.append(task)
-        of = f"  (task {len(self._labels)} of {self._num_tasks})" if self._num_tasks > 1 else ""
-        self._write("", f"{task}{of}", *_aligned([(label, plan[label]) for label in plan]))
+        position = task.partition("-")[0]
+        several = self._num_tasks > 1 and position.isdigit()
+        heading = f"{task}  (task {position} of {self._num_tasks})" if several else task
+        self._write("", heading, *_aligned(list(plan.items())))
         self._task_began = time.monotonic()
         self._forget_progress()
 
@@ -86,7 +85,7 @@ class Console:
             self._write(f"{task}: kept from an earlier run")
             return
         self._write(f"{task}: done in {duration(time.monotonic() - self._task_began)}")
-        self._write(*describe(result))
+        self._write(*describe({key: v for key, v in result.items() if key != "seconds"}))
 
     @sandbox.hookimpl
     def run_ended(self, run: Any, error: BaseException | None) -> None:
@@ -174,8 +173,12 @@ def _table(rows: Sequence[Mapping[str, Any]], indent: str) -> list[str]:
 
 
 def _brief(scalars: Mapping[str, float]) -> str:
-    """The few scalars that fit a line: whole ones before their parts (`loss` before `loss/x`)."""
-    shown = sorted(scalars, key=lambda name: "/" in name)[:_NUM_SCALARS]
+    """The few scalars that fit a line: losses first, a whole before its parts (`loss/scale1`)."""
+
+    def rank(name: str) -> tuple[bool, bool]:
+        return "/" in name.removeprefix("validation/"), "loss" not in name
+
+    shown = sorted(scalars, key=rank)[:_NUM_SCALARS]
     return "  ".join(f"{name} {number(scalars[name])}" for name in shown)
 
 

@@ -6,9 +6,6 @@ from typing import Any
 
 from .record import RunRecord, TaskRecord
 
-SPECIAL = ("scores", "provenance", "codebook", "seconds", "seconds_per_image")
-"""Keys of results that the report knows how to show."""
-
 _LOWER = {"fid", "kid", "rfid", "mse", "error"}
 _HIGHER = {"inception_score", "psnr", "ssim", "precision", "recall", "accuracy", "class_accuracy"}
 

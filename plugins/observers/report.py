@@ -50,7 +50,7 @@ def write_report(folder: Path, beside: Sequence[Path] = ()) -> Path:
     )
     path = folder / "report.html"
     unfinished = folder / "report.html.part"  # whoever reloads the page never sees half of it
-    unfinished.write_text(page, encoding="utf-8")
+    unfinished.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     os.replace(unfinished, path)
     return path
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from . import charts
-from .findings import SPECIAL, direction, key_scores, kind_of, seconds_per_image, split_score
+from .findings import direction, key_scores, kind_of, seconds_per_image, split_score
 from .page import Html, bar, cell, facts, join, picture, rows_table, section, show, tag
 from .record import RunRecord, TaskRecord
 from .wording import duration, is_table, number
@@ -177,16 +176,19 @@ def other_results(run: RunRecord) -> Html:
     """What tasks returned beyond what the page shows elsewhere."""
     shown = []
     for task in run.tasks.values():
-        rest = {key: value for key, value in task.result.items() if not _shown(key, value)}
+        rest = {key: v for key, v in task.result.items() if not _shown_elsewhere(task, key)}
         if rest:
             shown.append(tag("div", tag("h3", task.label), facts(rest)))
     return section("Results", tag("div", *shown, class_="columns") if shown else "")
 
 
-def _shown(key: str, value: Any) -> bool:
+def _shown_elsewhere(task: TaskRecord, key: str) -> bool:
+    value = task.result[key]
     if key == "codebook":
         return is_table(value)
-    return key in SPECIAL
+    if key in ("scores", "provenance"):
+        return isinstance(value, Mapping) and isinstance(task.result.get("scores"), Mapping)
+    return key in ("seconds", "seconds_per_image") and isinstance(value, int | float)
 
 
 def messages(run: RunRecord) -> Html:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def number(value: Any) -> str:
@@ -36,7 +36,7 @@ def is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float)
 
 
-def is_table(value: Any) -> bool:
+def is_table(value: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     """Whether a value is a list of flat mappings, such as the codebook's rows, one a scale."""
     return (
         isinstance(value, Sequence)
