@@ -64,7 +64,6 @@ class Fid:
 
     paired = False
     reads_features = True
-    reads_features = True
     score = "fid"
 
     class Params(sandbox.Params):
@@ -117,7 +116,6 @@ class Kid:
 
     paired = False
     reads_features = True
-    reads_features = True
 
     class Params(sandbox.Params):
         num_subsets: int = Field(default=100, ge=1)
@@ -165,7 +163,6 @@ class Inception:
     """
 
     paired = False
-    reads_features = True
     reads_features = True
 
     class Params(sandbox.Params):

@@ -19,7 +19,6 @@ class _PerImage:
 
     paired = True
     reads_features = False
-    reads_features = False
     score: str
 
     def __init__(self, params: sandbox.Params) -> None:
@@ -98,7 +97,6 @@ class ClassAccuracy:
     """
 
     paired = False
-    reads_features = True
     reads_features = True
 
     class Params(sandbox.Params):

@@ -29,7 +29,6 @@ class PrecisionRecall:
 
     paired = False
     reads_features = True
-    reads_features = True
 
     class Params(sandbox.Params):
         neighbours: int = Field(default=3, ge=1)
