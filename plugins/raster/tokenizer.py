@@ -1,0 +1,167 @@
+"""The single-scale tokenizer behind raster-scan prediction: one code a cell of one map.
+
+Same slots as the multi-scale tokenizer, so that a comparison changes the schedule and the tokenizer
+and nothing else. A step's context is the code of the step before it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sandbox
+from sandbox import Layout, Part, Reconstruction
+
+
+class RasterTokenizer(nn.Module):
+    """Vector quantization (VQ-VAE, arXiv 1711.00937) of an autoencoder's features."""
+
+    class Params(sandbox.Params):
+        autoencoder: Part[sandbox.Autoencoder]
+        """Makes the feature map and the image."""
+        codebook: Part[sandbox.Codebook]
+        """The codes."""
+        schedule: Part[sandbox.ScaleSchedule]
+        """The order of the cells; its map has the size of the feature map."""
+        beta: float = Field(0.25, ge=0)
+        """Weight of the commitment loss, which pulls features towards their codes."""
+
+        @field_validator("schedule")
+        @classmethod
+        def _must_fill_cell_by_cell(
+            cls, schedule: Part[sandbox.ScaleSchedule]
+        ) -> Part[sandbox.ScaleSchedule]:
+            layout = schedule.build().layout()
+            cells = [cell for step in layout.steps for cell in step.cells]
+            whole = sorted(cells) == list(range(layout.size[0] * layout.size[1]))
+            if not whole or layout != Layout.raster(*layout.size, cells):
+                raise ValueError(
+                    f"schedule {schedule.name!r} does not fill one map cell by cell, which "
+                    "`raster-vq` needs (for growing maps use `var-vq`)"
+                )
+            return schedule
+
+    def __init__(self, params: Params) -> None:
+        super().__init__()
+        self.params, self.layout = params, params.schedule.build().layout()
+        self.autoencoder = params.autoencoder.build()
+        self.code_dim = self.autoencoder.code_dim
+        self.codebook = params.codebook.build(self.code_dim)
+        self.vocab_size = self.codebook.vocab_size
+        height, width = (cells * self.autoencoder.downsample for cells in self.layout.size)
+        self.image_size = (height, width)
+        self.order: Tensor
+        self.seeded: Tensor
+        order = torch.tensor([step.cells[0] for step in self.layout.steps])
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
+        self._surely_seeded = False  # spares reading the buffer, which would wait for the device
+        self.register_load_state_dict_post_hook(_look_again)
+
+    @torch.no_grad()
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
+        """Raises ValueError unless the images have `image_size`."""
+        return self._quantize(self._features(images))[:, self.order]
+
+    @torch.no_grad()
+    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 h w"]:
+        if ids.shape[1] != self.layout.seq_len:
+            raise ValueError(f"expected {self.layout.seq_len} ids an image, got {ids.shape[1]}")
+        return self.render(self._maps(ids[:, self.order.argsort()]))
+
+    @torch.no_grad()
+    def contexts(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l c"]:
+        """What the backbone reads at every token, when all earlier ids are known."""
+        return F.pad(self.embed(ids[:, :-1]), (0, 0, 1, 0))
+
+    def embed(self, ids: Int[Tensor, "*axes"]) -> Float[Tensor, "*axes c"]:
+        return self.codebook.embed(ids)
+
+    def canvas(self, batch_size: int) -> Float[Tensor, "b c h w"]:
+        """An empty canvas."""
+        size = (batch_size, self.code_dim, *self.layout.size)
+        return torch.zeros(size, device=self.order.device)
+
+    def paint(
+        self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b 1 c"], step: int
+    ) -> Float[Tensor, "b c h w"]:
+        """The canvas with one cell filled; the one given is left as it was."""
+        row, column = self._cell(step)
+        painted = canvas.clone()
+        painted[:, :, row, column] = codes[:, 0].float()
+        return painted
+
+    def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b 1 c"]:
+        """The code in the cell that was filled last; zeros at the first step."""
+        if step == 0:
+            return canvas.new_zeros(len(canvas), 1, self.code_dim)
+        row, column = self._cell(step - 1)
+        return canvas[:, None, :, row, column]
+
+    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+        """The images a canvas stands for, in [-1, 1]."""
+        return self.autoencoder.decode(canvas).float().clamp(-1, 1)
+
+    def reconstruct(self, images: Float[Tensor, "b 3 h w"]) -> Reconstruction:
+        """Encode, quantize, decode with gradients (straight through the codes).
+
+        The loss is |q - sg f|^2 + beta |sg q - f|^2. In training mode the codebook takes note of
+        the batch, and the first one may initialise it.
+        """
+        features = self._features(images)
+        vectors = rearrange(features.detach(), "b c h w -> (b h w) c")
+        if self.training:
+            self._seed_once(vectors)
+        ids = self._quantize(features)
+        if self.training:
+            self.codebook.observe([vectors], [ids.flatten()])
+        codes = self._maps(ids)
+        loss = F.mse_loss(codes, features.detach())
+        loss = loss + self.params.beta * F.mse_loss(codes.detach(), features)
+        decoded = self.autoencoder.decode(features + (codes - features).detach())
+        return Reconstruction(decoded, ids[:, self.order], loss)
+
+    def after_step(
+        self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
+    ) -> Mapping[str, float | Tensor]:
+        """Care for the codebook after an optimiser step; `progress` runs from 0 to 1."""
+        return self.codebook.after_step(optimizer, progress, rng)
+
+    def no_weight_decay(self) -> set[str]:
+        """Codes are places, not weights: decay would pull them to the origin."""
+        return {f"codebook.{name}" for name, _ in self.codebook.named_parameters()}
+
+    def _features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
+                f"got {images.shape[2]} x {images.shape[3]}"
+            )
+        return self.autoencoder.encode(images).float()
+
+    def _quantize(self, features: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
+        """The nearest code of every cell, row by row."""
+        ids = self.codebook.nearest(rearrange(features.detach(), "b c h w -> (b h w) c"))
+        return rearrange(ids, "(b n) -> b n", b=len(features))
+
+    def _maps(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b c h w"]:
+        """Codes of ids that stand row by row."""
+        return rearrange(self.embed(ids), "b (h w) c -> b c h w", h=self.layout.size[0])
+
+    def _cell(self, step: int) -> tuple[int, int]:
+        return divmod(self.layout.steps[step].cells[0], self.layout.size[1])
+
+    @torch.no_grad()
+    def _seed_once(self, vectors: Float[Tensor, "n c"]) -> None:
+        if not self._surely_seeded and not self.seeded:
+            self.codebook.seed(vectors, 0, 1)
+            self.seeded.fill_(True)
+        self._surely_seeded = True
+
+
+def _look_again(tokenizer: RasterTokenizer, _: object) -> None:
+    tokenizer._surely_seeded = False

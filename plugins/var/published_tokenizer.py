@@ -1,0 +1,85 @@
+"""The published tokenizer's state dict: our names for its tensors, and back.
+
+Published files differ in the names of the phi convolutions: `quant_resi.qresi.` where all scales
+share one, `quant_resi.qresi_ls.N.` for a few, `quant_resi.N.` for one a scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .tokenizer import VarTokenizer
+
+AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+CODES = "codebook.embedding.weight"
+PUBLISHED_CODES = "quantize.embedding.weight"
+PUBLISHED_HITS = "quantize.ema_vocab_hit_SV"
+PUBLISHED_PHI = re.compile(r"quantize\.quant_resi\.(?:qresi|(?:qresi_ls\.)?(\d+))\.(weight|bias)")
+
+
+def from_published(
+    tokenizer: VarTokenizer, state: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """See `VarTokenizer.from_published`."""
+    if PUBLISHED_CODES not in state:
+        return None
+    ours = {_our_name(name): tensor for name, tensor in state.items()}
+    counters = dict(tokenizer.named_buffers())
+    if "hits" in ours and ours["hits"].shape != counters["hits"].shape:
+        del ours["hits"]
+    return {**counters, "seeded": torch.ones_like(counters["seeded"]), **ours}
+
+
+def to_published(tokenizer: VarTokenizer) -> dict[str, Tensor]:
+    """See `VarTokenizer.to_published`."""
+    state = tokenizer.state_dict()
+    if CODES not in state or "autoencoder.quant_conv.weight" not in state:
+        p = tokenizer.params
+        raise ValueError(
+            "only the autoencoder `cnn` with the codebook `vq` has a published layout, not "
+            f"`{p.autoencoder.name}` with `{p.codebook.name}`"
+        )
+    names = {name: _published_name(name, tokenizer.params.phi) for name in state}
+    return {names[name]: tensor for name, tensor in state.items() if names[name]}
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """See `VarTokenizer.describe`."""
+    facts = {}
+    if (conv_in := state.get("autoencoder.encoder.conv_in.weight")) is not None:
+        facts["channels"] = str(conv_in.shape[0])
+    levels = {name.split(".")[3] for name in state if name.startswith("autoencoder.encoder.down.")}
+    if levels:
+        facts["resolutions"] = str(len(levels))
+    if (codes := state.get(CODES)) is not None:
+        facts["codes"], facts["code width"] = map(str, codes.shape)
+    if (hits := state.get("hits")) is not None:
+        facts["scales"] = str(len(hits))
+    if codes is not None:
+        facts["phi convolutions"] = str(len({n for n in state if re.match(r"phi\.\d+\.w", n)}))
+    return facts
+
+
+def _our_name(name: str) -> str:
+    if name.startswith(AUTOENCODER):
+        return f"autoencoder.{name}"
+    if phi := PUBLISHED_PHI.fullmatch(name):
+        return f"phi.{phi[1] or 0}.{phi[2]}"
+    return {PUBLISHED_CODES: CODES, PUBLISHED_HITS: "hits"}.get(name, name)
+
+
+def _published_name(name: str, phi: str) -> str | None:
+    """None for what only our training keeps."""
+    if name.startswith("autoencoder."):
+        return name.removeprefix("autoencoder.")
+    if name.startswith("phi."):
+        _, index, kind = name.split(".")
+        place = {"shared": "qresi", "partial": f"qresi_ls.{index}", "per-scale": index}[phi]
+        return f"quantize.quant_resi.{place}.{kind}"
+    return {CODES: PUBLISHED_CODES, "hits": PUBLISHED_HITS}.get(name)
