@@ -1,0 +1,175 @@
+"""Laws of what predicts ids: stepwise agrees with whole, and nothing looks ahead."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sandbox.interfaces import AttentionBackend, Backbone, Generator, Objective, Sampler
+from sandbox.layout import Layout, Mask
+from sandbox.testing.claims import (
+    agree,
+    as_module,
+    holds,
+    ids_lie_within,
+    images_lie_within,
+    learns,
+    random_images,
+    randomly,
+    roughen,
+    scalars,
+)
+from sandbox.values import AttentionRequest, Tokens
+
+
+def attention_law(
+    backend: AttentionBackend,
+    mask: Mask,
+    num_queries: int,
+    num_keys: int,
+    *,
+    heads: int = 2,
+    head_dim: int = 16,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    needs_grad: bool = True,
+    tolerance: float = 1e-4,
+) -> str | None:
+    """Equal to the formula in float64, forward and backward; or refused, which is returned."""
+    rng = randomly(seed)
+    shapes = [(2, heads, n, head_dim) for n in (num_queries, num_keys, num_keys, num_queries)]
+    drawn = [torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes]
+    *inputs, pull = drawn
+    q, k, v = (x.requires_grad_(needs_grad) for x in inputs)
+    request = AttentionRequest(
+        str(q.device), dtype, head_dim, num_queries, num_keys, mask, needs_grad
+    )
+    reason = backend.refusal(request)
+    if reason is not None:
+        holds(bool(str(reason).strip()), "a refusal says why")
+        try:
+            backend.attend(q, k, v, mask, 0.3)
+        except ValueError:
+            return reason
+        raise AssertionError(f"attend refuses with ValueError what refusal() refuses: {reason}")
+    out = backend.attend(q, k, v, mask, 0.3)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = 0.3 * exact[0] @ exact[1].mT
+    if (allowed := mask.to_tensor(device)) is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    expected = scores.softmax(-1) @ exact[2]
+    agree(out.double(), expected, "the output is that of the formula", tolerance)
+    if needs_grad:
+        found = torch.autograd.grad(out, (q, k, v), pull)
+        wanted = torch.autograd.grad(expected, exact, pull.double())
+        for name, one, other in zip("qkv", found, wanted, strict=True):
+            agree(one.double(), other, f"the gradient of {name} is that of the formula", tolerance)
+    return None
+
+
+def backbone_law(backbone: Backbone, tokens: Tokens, seed: int = 0) -> None:
+    """Stepwise logits are the whole ones; no later step moves an earlier logit."""
+    module, layout, rng = as_module(backbone), tokens.layout, randomly(seed)
+    roughen(module, seed)
+    contexts = torch.randn(2, layout.seq_len, tokens.code_dim, generator=rng)
+    contexts[:, layout.spans[0]] = 0  # as every tokenizer has it
+    labels = torch.tensor([0, tokens.num_classes])
+    names = {name for name, _ in module.named_parameters()}
+    unknown = sorted(backbone.no_weight_decay() - names)
+    holds(not unknown, f"no_weight_decay names parameters that exist, got {unknown}")
+    learns(module.train(), backbone.forward(contexts, labels).float().logsumexp(-1).mean())
+    module.eval()
+    with torch.no_grad():
+        whole = backbone.forward(contexts, labels)
+        holds(whole.shape == (2, layout.seq_len, tokens.vocab_size), "forward gives b l v")
+        again = backbone.forward(contexts, labels)
+        agree(whole, again, "in evaluation mode the logits are the same twice", 0)
+        state = backbone.begin(labels)
+        steps = [backbone.step(state, contexts[:, s], i) for i, s in enumerate(layout.spans)]
+        agree(torch.cat(steps, 1), whole, "stepwise logits are the teacher-forced logits", 1e-3)
+        rows = [backbone.forward(contexts[i : i + 1], labels[i : i + 1]) for i in range(2)]
+        agree(torch.cat(rows), whole, "a batch of two is two batches of one", 1e-3)
+        for span in layout.spans[1:]:
+            later = contexts.clone()
+            later[:, span] += 1
+            moved = backbone.forward(later, labels)
+            earlier = slice(0, span.start)
+            agree(moved[:, earlier], whole[:, earlier], "no later step moves an earlier logit")
+
+
+def sampler_law(sampler: Sampler, params: Any, seed: int = 0) -> None:
+    """Ids come from the generator alone, and from the kept set where `top_k` or `top_p` says so."""
+    v, impossible = 12, 3
+    logits = 3 * torch.randn(2, 40, v, generator=randomly(seed))
+    logits[..., impossible] = -torch.inf
+    for progress in (0.0, 0.5, 1.0):
+        holds(math.isfinite(sampler.guidance(progress)), "guidance is a finite number")
+        before = logits.clone()
+        ids = sampler.draw(logits, progress, randomly(seed))
+        holds(torch.equal(logits, before), "draw leaves the logits as they were")
+        ids_lie_within(ids, (2, 40), v, "draw")
+        again = sampler.draw(logits, progress, randomly(seed))
+        holds(torch.equal(ids, again), "the same random state gives the same ids")
+        holds(bool((ids != impossible).all()), "an id whose logit is -inf is never drawn")
+        likelier = logits > logits.gather(-1, ids[..., None])
+        top_k = getattr(params, "top_k", 0) or v
+        holds(bool((likelier.sum(-1) < top_k).all()), f"ids are of the {top_k} likeliest")
+        kept = logits / getattr(params, "temperature", 1.0)
+        least = kept.topk(min(top_k, v)).values[..., -1:]
+        mass = kept.masked_fill(kept < least, -torch.inf).softmax(-1)
+        top_p = getattr(params, "top_p", 1.0)
+        within = (mass * likelier).sum(-1) < top_p + 1e-4
+        holds(bool(within.all()), f"ids are of the likeliest that reach {top_p}")
+        soften: Callable[..., Tensor | None] = getattr(sampler, "soften", lambda *_: None)
+        weights = soften(logits, progress, randomly(seed))
+        if weights is not None:
+            agree(weights.sum(-1), torch.ones(2, 40), "soften gives weights that sum to one")
+            holds(bool((weights >= 0).all()), "soften gives no negative weights")
+            holds(not weights[..., impossible].any(), "soften gives an id of logit -inf no weight")
+
+
+def objective_law(objective: Objective, layout: Layout, seed: int = 0) -> None:
+    """One finite loss a token, lower for the right answer, with gradients."""
+    rng, v = randomly(seed), 7
+    ids = torch.randint(v, (2, layout.seq_len), generator=rng)
+    logits = torch.randn(2, layout.seq_len, v, generator=rng).requires_grad_()
+    losses = objective.losses(logits, ids, layout)
+    holds(losses.shape == ids.shape, "losses has one loss a token, b l")
+    holds(bool(losses.isfinite().all()), "losses are finite")
+    (gradient,) = torch.autograd.grad(losses.mean(), logits)
+    holds(bool(gradient.isfinite().all() and gradient.any()), "gradients reach the logits")
+    right = 4 * nn.functional.one_hot(ids, v).float()
+    wrong = 4 * nn.functional.one_hot((ids + 1) % v, v).float()
+    better = (
+        objective.losses(right, ids, layout).mean() < objective.losses(wrong, ids, layout).mean()
+    )
+    holds(bool(better), "the right answer has the lower loss")
+
+
+def generator_law(
+    generator: Generator, image_size: tuple[int, int], num_classes: int, seed: int = 0
+) -> None:
+    """Learns, gives images in range, the same from the same random state, and tells its steps."""
+    network = generator.network
+    images, labels = random_images(2, image_size, seed), torch.tensor([0, num_classes - 1])
+    prepared = generator.prepare(images)
+    holds(len(prepared) == 2 and not prepared.requires_grad, "prepare gives a row an image")
+    network.train()
+    losses = generator.loss(prepared, labels)
+    learns(network, losses.total)
+    scalars(losses.parts, "the parts of loss")
+    seen: list[int] = []
+
+    def watch(step: int, pictures: Tensor) -> None:
+        seen.append(step)
+        images_lie_within(pictures, tuple(images.shape), "watch")
+
+    made = generator.generate(labels, randomly(seed), watch)
+    images_lie_within(made, tuple(images.shape), "generate")
+    holds(seen == list(range(len(seen))) and seen != [], "watch is called once a step, in order")
+    holds(network.training, "generate leaves the network in the mode that it found")
+    again = generator.generate(labels, randomly(seed))
+    agree(made, again, "the same random state gives the same images, watched or not", 0)

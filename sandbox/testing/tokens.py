@@ -1,0 +1,122 @@
+"""Laws of layouts and of what turns images into ids: the whole agrees with the steps."""
+
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from sandbox.interfaces import Autoencoder, Codebook, Tokenizer, TrainableTokenizer
+from sandbox.layout import Layout
+from sandbox.testing.claims import (
+    agree,
+    an_optimizer,
+    as_module,
+    holds,
+    ids_lie_within,
+    images_lie_within,
+    learns,
+    random_images,
+    randomly,
+    scalars,
+)
+
+
+def layout_law(layout: Layout) -> None:
+    """Spans tile the sequence, cells lie in their map, mask rows only grow, levels fit the maps."""
+    tokens = [token for span in layout.spans for token in range(span.start, span.stop)]
+    holds(tokens == list(range(layout.seq_len)), "spans tile the sequence, in order")
+    for step in layout.steps:
+        inside = all(0 <= cell < step.height * step.width for cell in step.cells)
+        holds(inside and len(set(step.cells)) == len(step.cells), "a step fills cells of its map")
+    mask = layout.mask().int()
+    holds(bool((mask[1:] >= mask[:-1]).all()), "later tokens see all that earlier ones see")
+    holds(bool(mask.diagonal().all()), "every token sees itself")
+    levels = torch.tensor(layout.level_of_step)
+    holds(
+        torch.equal(levels[layout.step_of()], layout.level_of()), "tokens have their step's level"
+    )
+    maps = [(step.height, step.width) for step in layout.steps]
+    moved = torch.tensor([before != after for before, after in pairwise(maps)])
+    holds(torch.equal(levels.diff() == 1, moved.bool()), "a level is a run of maps of one size")
+
+
+@torch.no_grad()
+def tokenizer_law(tokenizer: Tokenizer, seed: int = 0) -> None:
+    """Whole contexts are the stepwise ones, decoding is painting, encoding repeats itself."""
+    if isinstance(tokenizer, nn.Module):
+        tokenizer.eval()
+    layout, v = tokenizer.layout, tokenizer.vocab_size
+    layout_law(layout)
+    ids = torch.randint(v, (2, layout.seq_len), generator=randomly(seed))
+    codes = tokenizer.embed(ids)
+    holds(codes.shape == (*ids.shape, tokenizer.code_dim), "embed gives a code vector an id")
+    canvas, contexts = tokenizer.canvas(2), []
+    for step, span in enumerate(layout.spans):
+        contexts.append(tokenizer.context(canvas, step))
+        before = canvas.clone()
+        painted = tokenizer.paint(canvas, codes[:, span], step)
+        agree(canvas, before, "paint leaves the canvas it is given as it was", 0)
+        canvas = painted
+    whole = tokenizer.contexts(ids)
+    agree(torch.cat(contexts, 1), whole, "contexts are the stepwise contexts side by side")
+    holds(whole.shape == codes.shape, "contexts are code vectors, one a token")
+    holds(not whole[:, layout.spans[0]].any(), "the first step's context is zero")
+    decoded = tokenizer.decode(ids)
+    images_lie_within(decoded, (2, 3, *tokenizer.image_size), "decode")
+    agree(decoded, tokenizer.render(canvas), "decode is painting every step, then rendering")
+    alone = torch.cat([tokenizer.decode(ids[:1]), tokenizer.decode(ids[1:])])
+    agree(decoded, alone, "decode: a batch of two is two batches of one")
+    for images in (random_images(2, tokenizer.image_size, seed), decoded):
+        encoded = tokenizer.encode(images)
+        ids_lie_within(encoded, (2, layout.seq_len), v, "encode")
+        holds(torch.equal(encoded, tokenizer.encode(images)), "encoding again gives the same ids")
+        alone = torch.cat([tokenizer.encode(images[:1]), tokenizer.encode(images[1:])])
+        holds(torch.equal(encoded, alone), "encode: a batch of two is two batches of one")
+
+
+def trainable_tokenizer_law(tokenizer: TrainableTokenizer, seed: int = 0) -> None:
+    """Reconstructing has gradients everywhere; `after_step` gives scalars, in training mode."""
+    module = as_module(tokenizer).train()
+    optimizer = an_optimizer(module)
+    for progress in (0.0, 1.0):
+        images = random_images(2, tokenizer.image_size, seed)
+        made = tokenizer.reconstruct(images)
+        holds(made.images.shape == images.shape, "reconstruct gives images of the same shape")
+        shape = (2, tokenizer.layout.seq_len)
+        ids_lie_within(made.ids, shape, tokenizer.vocab_size, "reconstruct")
+        learns(module, (made.images - images).square().mean() + made.loss)
+        optimizer.step()
+        scalars(tokenizer.after_step(optimizer, progress, randomly(seed)), "after_step")
+
+
+def codebook_law(codebook: Codebook, seed: int = 0) -> None:
+    """The nearest code is nearest, an embedded id is its own nearest; also after it has learned."""
+    module, rng, v = as_module(codebook), randomly(seed), codebook.vocab_size
+    vectors = torch.randn(32, codebook.code_dim, generator=rng)
+    optimizer = an_optimizer(module)
+    for progress in (0.0, 1.0):
+        ids = codebook.nearest(vectors)
+        ids_lie_within(ids, (32,), v, "nearest")
+        codes = codebook.embed(torch.arange(v)).detach()
+        holds(codes.shape == (v, codebook.code_dim), "embed gives a code vector an id")
+        distances = torch.cdist(vectors.double(), codes.double())
+        agree(distances[torch.arange(32), ids], distances.amin(1), "no other code is nearer")
+        agree(codes[codebook.nearest(codes)], codes, "a code is the nearest to itself")
+        agree(codebook.embed(ids.view(4, 8)).detach(), codes[ids].view(4, 8, -1), "any axes", 0)
+        codebook.seed(vectors, 0, 1)
+        codebook.observe([vectors], [codebook.nearest(vectors)])
+        scalars(codebook.after_step(optimizer, progress, rng), "after_step")
+
+
+def autoencoder_law(autoencoder: Autoencoder, seed: int = 0) -> None:
+    """Sizes follow `downsample`, non-square too; both halves learn; images do not mix."""
+    module = as_module(autoencoder).eval()
+    height, width = 2 * autoencoder.downsample, 3 * autoencoder.downsample
+    images = random_images(2, (height, width), seed)
+    features = autoencoder.encode(images)
+    holds(features.shape == (2, autoencoder.code_dim, 2, 3), "encode gives b c h w in cells")
+    decoded = autoencoder.decode(features)
+    holds(decoded.shape == images.shape, "decode gives images of the size that was encoded")
+    alone = torch.cat([autoencoder.encode(images[:1]), autoencoder.encode(images[1:])])
+    agree(features, alone, "encode: a batch of two is two batches of one")
+    learns(module, (decoded - images).square().mean())
