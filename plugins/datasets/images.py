@@ -5,18 +5,24 @@ from typing import Annotated, Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 from torch.nn import functional
 
-_Side = Annotated[int, Field(ge=4, le=8192)]
+_SMALLEST_PX, _LARGEST_PX = 4, 8192
 
 
 def _square(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-ImageSize = Annotated[tuple[_Side, _Side], BeforeValidator(_square)]
+def _in_range(size: tuple[int, int]) -> tuple[int, int]:
+    if not all(_SMALLEST_PX <= side <= _LARGEST_PX for side in size):
+        raise ValueError(f"give {_SMALLEST_PX} to {_LARGEST_PX} px, got {list(size)}")
+    return size
+
+
+ImageSize = Annotated[tuple[int, int], BeforeValidator(_square), AfterValidator(_in_range)]
 """Height and width in pixels; one number means a square."""
 
 

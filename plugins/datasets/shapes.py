@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -179,7 +180,7 @@ class _Dice:
         return low + (high - low) * self.roll(*axes)
 
 
-def _mix(words: np.ndarray) -> np.ndarray:
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """One step of splitmix64 (Steele, Lea and Flood 2014): every bit in moves every bit out."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -163,6 +163,8 @@ def test_a_shape_depends_on_seed_split_and_index_alone(height, width, num_classe
 def test_shapes_build_without_settings_and_one_number_means_a_square():
     assert build(Shapes).image_size == (16, 16) and build(Shapes).num_classes == 10
     assert build(Shapes, image_size=20).image_size == (20, 20)
+    with pytest.raises(ValueError, match="give 4 to 8192 px"):
+        build(Shapes, image_size=[16, 2])
 
 
 def test_shapes_vary_in_place_and_colour_and_clutter_makes_them_harder():
