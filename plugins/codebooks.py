@@ -102,8 +102,9 @@ class VQ(nn.Module):
         sums = torch.zeros_like(self.embedding.weight)
         for group_vectors, group_ids in zip(vectors, ids, strict=True):
             share = self.vocab_size / (len(ids) * len(group_ids))
-            counts.index_add_(0, group_ids, torch.full_like(group_ids, share, dtype=counts.dtype))
-            sums.index_add_(0, group_ids, group_vectors.float() * share)
+            hits, total = _gather(group_vectors.float(), group_ids, self.vocab_size)
+            counts.add_(hits, alpha=share)
+            sums.add_(total, alpha=share)
         self._noted.append((counts, sums))
         self._vectors = vectors
 
@@ -191,12 +192,19 @@ def _cluster(vectors: Float[Tensor, "n c"], num: int, salt: int) -> Float[Tensor
         return centers + 0.01 * vectors.std(correction=0) * noise
     for _ in range(NUM_LLOYD_STEPS):
         ids = _nearest(vectors, centers)
-        counts = torch.zeros_like(centers[:, :1]).index_add_(
-            0, ids, torch.ones_like(vectors[:, :1])
-        )
-        sums = torch.zeros_like(centers).index_add_(0, ids, vectors)
-        centers = torch.where(counts > 0, sums / counts.clamp(min=1), centers)
+        counts, sums = _gather(vectors, ids, num)
+        means = sums / counts.clamp(min=1)[:, None]
+        centers = torch.where(counts[:, None] > 0, means, centers)
     return centers
+
+
+def _gather(
+    vectors: Float[Tensor, "n c"], ids: Int[Tensor, " n"], num: int
+) -> tuple[Float[Tensor, " num"], Float[Tensor, "num c"]]:
+    """How many vectors have each id, and their sum."""
+    counts, sums = vectors.new_zeros(num), vectors.new_zeros(num, vectors.shape[1])
+    counts.index_add_(0, ids, vectors.new_ones(len(ids)))
+    return counts, sums.index_add_(0, ids, vectors)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sandbox import ScaleSchedule
 from sandbox_plugins.schedules import Geometric, Linear, Published, Sides
 
