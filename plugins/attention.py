@@ -7,7 +7,7 @@ refuses the call with the reason. `math` is the plain formula that all others ar
 import ctypes
 import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +116,7 @@ class XformersAttention(_Attention):
             request.device, request.dtype, request.head_dim, biased, request.needs_grad
         )
 
+    @torch.compiler.disable
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         ops = _xformers_ops()
         b, heads, n, _ = q.shape
@@ -153,6 +154,7 @@ class FlexAttention(_Attention):
             return "FlexAttention has no float64 kernel"
         return None
 
+    @torch.compiler.disable  # it compiles itself
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         if mask.kind == "full":
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -160,10 +162,9 @@ class FlexAttention(_Attention):
             blocks = _dense_blocks(mask.to_tensor(q.device))
         else:
             blocks = _step_blocks(mask.step_lens, q.device)
-        flex = _flex(q.device.type)
         with warnings.catch_warnings():  # on a CPU it asks to be compiled, which would not help
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            return flex(q, k, v, block_mask=blocks, scale=scale)
+            return _flex(q.device.type)(q, k, v, block_mask=blocks, scale=scale)
 
 
 class AutoAttention(_Attention):
@@ -226,18 +227,28 @@ def _allowed(mask: Mask, device: torch.device) -> Bool[Tensor, "n p"] | None:
     return None if mask.step_lens is None else _step_pattern(mask.step_lens, device)
 
 
-# The patterns of steps are kept: every layer of a model asks for the same one. They are made
-# outside inference mode, since autograd may not save a tensor that was made inside.
+def _kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make what depends on a description only once: every layer of a model asks for the same.
+
+    Outside inference mode, since autograd may not save a tensor that was made inside; and as a
+    constant under torch.compile, which would otherwise trace how it is made, in every layer.
+    """
+    made = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def kept(*description: Any) -> Any:
+        return made(*description)
+
+    return kept
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@_kept
 def _step_pattern(step_lens: tuple[int, ...], device: torch.device) -> Bool[Tensor, "n p"] | None:
     return Mask(step_lens).to_tensor(device)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@_kept
 def _step_bias(
     step_lens: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "n p"]:
@@ -251,8 +262,7 @@ def _bias(allowed: Bool[Tensor, "n p"], dtype: torch.dtype) -> Float[Tensor, "n 
     return padded[:, :p].masked_fill_(~allowed, -torch.inf)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@_kept
 def _step_blocks(step_lens: tuple[int, ...], device: torch.device) -> Any:
     lens = torch.tensor(step_lens, device=device)
     step = torch.repeat_interleave(torch.arange(len(step_lens), device=device), lens)
@@ -288,7 +298,7 @@ def _xformers_ops() -> ModuleType:
     return xformers.ops
 
 
-@cache
+@_kept
 def _xformers_limit(
     device: str, dtype: torch.dtype, head_dim: int, biased: bool, needs_grad: bool
 ) -> str | None:

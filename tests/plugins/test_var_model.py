@@ -8,7 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import Layout, Part, SandboxError, Tokens
-from sandbox_plugins.attention import MathAttention, SdpaAttention
+from sandbox_plugins.attention import (
+    FlexAttention,
+    MathAttention,
+    SdpaAttention,
+    XformersAttention,
+)
 from sandbox_plugins.var.model import VAR
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -330,3 +335,28 @@ def test_a_state_is_described_by_what_sets_it_apart():
     without = build(Layout.pyramid(1, 2), qk_norm=False)
     assert without.describe(without.state_dict())["query-key normalisation"] == "off"
     assert small.describe({"unrelated": torch.zeros(1)}) == {}
+
+
+def test_the_whole_network_can_be_compiled():
+    layout = Layout.pyramid(1, 2, 3)
+    model = awake(build(layout))
+    contexts, labels = inputs(layout, 0)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(contexts, labels), model(contexts, labels))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
+def test_every_backend_trains_and_steps_on_cuda_in_bfloat16(cls):
+    layout = Layout.pyramid(1, 2, 3, 5)
+    contexts, labels = (x.cuda() for x in inputs(layout, 0))
+    plain = awake(build(layout, MathAttention, width=64)).cuda()
+    fused = awake(build(layout, cls, width=64)).cuda()
+    plain(contexts, labels).logsumexp(-1).mean().backward()
+    with torch.autocast("cuda", torch.bfloat16):
+        whole = fused(contexts, labels)
+        steps = torch.cat(stepwise(fused, contexts, labels), 1)
+    whole.logsumexp(-1).mean().backward()
+    assert (steps - whole).abs().max() < 0.05 * whole.abs().max()
+    for ours, exact in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - exact.grad).norm() < 0.1 * exact.grad.norm()
