@@ -3,8 +3,6 @@
 A part whose defaults are too large, or which needs settings, has small ones in SMALL.
 """
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -255,13 +253,6 @@ class Peeking(torch.nn.Module):
         return set()
 
 
-class OneStep(Peeking):
-    """As it is stepwise, it never learns what came before; in whole it peeks ahead."""
-
-    def step(self, state, context, step):
-        return self.forward(context, None)
-
-
 class Fixed:
     """A sampler that ignores what it is asked."""
 
@@ -312,15 +303,6 @@ class Overpainting(GreyTokenizer):
 def test_a_part_that_breaks_a_law_is_told_which(interface, cls, law):
     with pytest.raises(AssertionError, match=law):
         check(interface, cls, REGISTRY)
-
-
-def test_looking_ahead_is_found_where_steps_do_not_show_it():
-    layout = Layout.pyramid(2)
-    tokens = Tokens(layout, vocab_size=5, code_dim=3, num_classes=2)
-    backbone_law(OneStep(OneStep.Params(), tokens), tokens)  # one step: nothing lies ahead
-    tokens = dataclasses.replace(tokens, layout=Layout.pyramid(1, 2))
-    with pytest.raises(AssertionError):
-        backbone_law(OneStep(OneStep.Params(), tokens), tokens)
 
 
 def test_painting_over_the_given_canvas_is_found():

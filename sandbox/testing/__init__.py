@@ -139,6 +139,7 @@ def _tokenizer(case: _Case) -> None:
 
 def _attention(case: _Case) -> None:
     staircase = torch.ones(5, 7).tril(2).bool()
+    staircase = torch.ones(5, 7).tril(2).bool()
     calls = [(Mask(), 3, 9), (Mask(dense=staircase), 5, 7)]
     calls += [(Mask(layout.lens), layout.seq_len, layout.seq_len) for layout in LAYOUTS]
     for mask, num_queries, num_keys in calls:
@@ -166,10 +167,8 @@ def _generator(case: _Case) -> None:
 
 
 def _task(case: _Case) -> None:
-    task_law(
-        case.make(),
-        case.run or LiveRun(Recipe.model_validate({"device": "cpu"}), Path("runs", "no-run")),
-    )
+    empty = Recipe.model_validate({"device": "cpu"})
+    task_law(case.make(), case.run or LiveRun(empty, Path("runs", "none")))
 
 
 def _feature_extractor(case: _Case) -> None:
