@@ -212,8 +212,8 @@ class Patch(nn.Module):
     class Params(sandbox.Params):
         patch: int = Field(4, ge=1)
         """Pixels that a cell's side covers."""
-        ch: int = Field(32, ge=8, multiple_of=8)
-        """Channels of the blocks; a multiple of 8."""
+        ch: int = Field(32, ge=4, multiple_of=4)
+        """Channels of the blocks; a multiple of 4."""
         num_res_blocks: int = Field(2, ge=0)
         """Residual blocks of the encoder; the decoder has one more."""
         code_dim: int = Field(8, ge=1)
@@ -248,8 +248,9 @@ class SmallBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, width), _conv3(width, width)
-        self.norm2, self.conv2 = nn.GroupNorm(8, width), _conv3(width, width)
+        num_groups = width // 4
+        self.norm1, self.conv1 = nn.GroupNorm(num_groups, width), _conv3(width, width)
+        self.norm2, self.conv2 = nn.GroupNorm(num_groups, width), _conv3(width, width)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         h = self.conv1(F.silu(self.norm1(x)))

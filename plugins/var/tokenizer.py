@@ -61,11 +61,14 @@ class VarTokenizer(nn.Module):
             cls, schedule: Part[sandbox.ScaleSchedule]
         ) -> Part[sandbox.ScaleSchedule]:
             layout = schedule.build().layout()
-            if layout != Layout.pyramid(*((step.height, step.width) for step in layout.steps)):
+            if any(s.cells != tuple(range(s.height * s.width)) for s in layout.steps):
                 raise ValueError(
                     f"schedule {schedule.name!r} has steps that fill only a part of their map; "
                     "`var-vq` needs growing whole maps (for one token a step use `raster-vq`)"
                 )
+            Layout.pyramid(
+                *((s.height, s.width) for s in layout.steps)
+            )  # refuses maps that do not grow
             return schedule
 
     def __init__(self, params: Params) -> None:
