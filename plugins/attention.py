@@ -170,8 +170,7 @@ class FlexAttention(_Attention):
 class AutoAttention(_Attention):
     """The first of `sdpa`, `math` that does not refuse: fixed, not measured, so runs repeat.
 
-    At the lengths of published schedules `sdpa` with a mask is level with or ahead of the others;
-    name `xformers` or `flex` to try them.
+    `sdpa` refuses nothing, so it is what `auto` means today; name `xformers` or `flex` to try them.
     """
 
     def __init__(self, params: sandbox.Params) -> None:

@@ -199,16 +199,19 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """As published: small weights, near-silent residual branches, near-uniform logits."""
+        """As published: small weights, near-silent residual branches, near-uniform logits.
+
+        The published code truncates these normals at 2, far outside of what they ever draw.
+        """
         depth, width = self.params.depth, self.class_emb.embedding_dim
         std = math.sqrt(1 / (3 * width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
+        nn.init.normal_(self.pos_start, std=std)
+        nn.init.normal_(self.pos_1LC, std=std)
         self.head.weight.mul_(0.02)
         self.head_nm.ada_lin[1].weight.mul_(0.5)
         gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5
