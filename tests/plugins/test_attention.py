@@ -17,6 +17,9 @@ from sandbox_plugins.attention import (
     XformersAttention,
 )
 
+# Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
+foreign_warnings = pytest.mark.filterwarnings("default")
+
 OTHERS = [AutoAttention, SdpaAttention, FlexAttention, XformersAttention]
 
 
@@ -177,6 +180,7 @@ ON_CUDA = {
 
 
 @pytest.mark.gpu
+@foreign_warnings
 @pytest.mark.parametrize("mask", ON_CUDA.values(), ids=ON_CUDA)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
@@ -196,6 +200,7 @@ def test_fused_kernels_equal_the_plain_formula_forward_and_backward(cls, dtype, 
 
 
 @pytest.mark.gpu
+@foreign_warnings
 def test_xformers_names_its_own_limit_of_the_head_size():
     q, k, v = queries_keys_values(0, 1, 1, 14, 14, 12, device="cuda", dtype=torch.bfloat16)
     reason = build(XformersAttention).refusal(request_of(q, k, Mask((1, 4, 9))))
@@ -205,6 +210,7 @@ def test_xformers_names_its_own_limit_of_the_head_size():
 
 
 @pytest.mark.gpu
+@foreign_warnings
 @pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
 def test_stepwise_calls_of_many_lengths_are_honoured_on_cuda(cls):
     for step in range(1, 14):

@@ -16,6 +16,9 @@ from sandbox_plugins.attention import (
 )
 from sandbox_plugins.var.model import VAR
 
+# Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
+foreign_warnings = pytest.mark.filterwarnings("default")
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 SIDES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SIDES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -346,6 +349,7 @@ def test_the_whole_network_can_be_compiled():
 
 
 @pytest.mark.gpu
+@foreign_warnings
 @pytest.mark.parametrize("cls", [SdpaAttention, FlexAttention, XformersAttention])
 def test_every_backend_trains_and_steps_on_cuda_in_bfloat16(cls):
     layout = Layout.pyramid(1, 2, 3, 5)
