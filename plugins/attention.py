@@ -170,7 +170,8 @@ class FlexAttention(_Attention):
 class AutoAttention(_Attention):
     """The first of `sdpa`, `math` that does not refuse: fixed, not measured, so runs repeat.
 
-    `sdpa` refuses nothing, so it is what `auto` means today; name `xformers` or `flex` to try them.
+    `sdpa` refuses nothing, so it is what `auto` means today. It was also the fastest on an H200 in
+    bfloat16, forward and backward, under the published masks of 680 and of 2240 tokens.
     """
 
     def __init__(self, params: sandbox.Params) -> None:

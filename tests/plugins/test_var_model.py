@@ -362,5 +362,8 @@ def test_every_backend_trains_and_steps_on_cuda_in_bfloat16(cls):
         steps = torch.cat(stepwise(fused, contexts, labels), 1)
     whole.logsumexp(-1).mean().backward()
     assert (steps - whole).abs().max() < 0.05 * whole.abs().max()
-    for ours, exact in zip(fused.parameters(), plain.parameters(), strict=True):
-        assert (ours.grad - exact.grad).norm() < 0.1 * exact.grad.norm()
+    ours, exact = (
+        torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        for model in (fused, plain)
+    )
+    assert (ours - exact).norm() < 0.05 * exact.norm()
