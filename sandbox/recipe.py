@@ -61,14 +61,17 @@ def load_recipe(
         raise SandboxError(f"{places[('preview',)]}: preview: expected keys and their values")
     if preview:
         for dotted, value in (variant or {}).items():
-            spot = places.get(("preview", dotted), str(path))
-            _assign(_where(str(dotted)), value, tree, f"{spot}: preview.{dotted}")
-            places[_where(str(dotted))] = f"{spot}: (preview)"
+            spots = {(): f"{path}: (preview)"} | {
+                inner[2:]: f"{spot}: (preview)"
+                for inner, spot in places.items()
+                if inner[:2] == ("preview", dotted)
+            }
+            where = _where(str(dotted))
+            _assign(where, value, tree, f"{spots[()]}: {dotted}")
+            _blame(where, spots, places)
     for override in overrides:
         where = _override(override, tree)
-        for inner in [place for place in places if place[: len(where)] == where]:
-            del places[inner]  # a line below an overridden key is no longer to blame
-        places[where] = f"--set {override}"
+        _blame(where, {(): f"--set {override}"}, places)
     try:
         return Recipe.model_validate(tree, context={"registry": registry})
     except ValidationError as error:
@@ -99,6 +102,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Where, str]]:
         raise SandboxError(f"{path}: no such recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SandboxError(f"{path}: cannot be read: {error}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise SandboxError(f"{path}:{line}: not valid YAML: {error.reason}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SandboxError(f"{path}:{line}: not valid YAML: {error.problem}") from None
@@ -111,6 +117,8 @@ def _lines(node: yaml.Node, path: Path, where: Where = ()) -> Iterator[tuple[Whe
         first: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SandboxError(f"{path}:{line}: a key is one word, as in `seed: 0`")
             if key.value in first:
                 raise SandboxError(
                     f"{path}:{line}: {'.'.join(map(str, (*where, key.value)))}: stands twice, "
@@ -143,15 +151,17 @@ def _override(override: str, tree: dict[str, Any]) -> Where:
 
 
 def _assign(where: Where, value: Any, tree: dict[str, Any], blame: str) -> None:
-    """Set `a.b.c` in place; a part given by its bare name becomes a mapping first."""
+    """Set `a.b.c` in place; a bare name on the way becomes a mapping, a missing one is made."""
     target: Any = tree
     for depth, key in enumerate(where[:-1], 1):
         try:
             inner = target[key]
-        except (KeyError, IndexError, TypeError):
+        except KeyError:
             inner = None
-        if isinstance(inner, str):
-            inner = target[key] = {"name": inner}
+        except (IndexError, TypeError):
+            inner = ()
+        if inner is None or isinstance(inner, str):
+            inner = target[key] = {} if inner is None else {"name": inner}
         if not isinstance(inner, dict | list):
             raise SandboxError(f"{blame}: the recipe has no {'.'.join(map(str, where[:depth]))!r}")
         target = inner
@@ -159,6 +169,15 @@ def _assign(where: Where, value: Any, tree: dict[str, Any], blame: str) -> None:
         target[where[-1]] = value
     except (IndexError, TypeError):
         raise SandboxError(f"{blame}: the recipe has no {'.'.join(map(str, where))!r}") from None
+
+
+def _blame(where: Where, spots: dict[Where, str], places: dict[Where, str]) -> None:
+    """Let what stands at `where` come from `spots`; no line that stood there is to blame."""
+    for inner in [place for place in places if place[: len(where)] == where]:
+        del places[inner]
+    for depth in range(1, len(where)):  # mappings that were made on the way
+        places.setdefault(where[:depth], spots[()])
+    places.update({where + inner: spot for inner, spot in spots.items()})
 
 
 def _explain(error: Any, places: dict[Where, str]) -> str:
