@@ -181,7 +181,7 @@ def test_attention_obeys_its_law_over_drawn_calls(key, params, call, heads, seed
     attention_law(build(key, params), *call, heads=heads, seed=seed, needs_grad=needs_grad)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(layout=pyramids, phi=st.sampled_from(["none", "shared", "partial", "per-scale"]), seed=seeds)
 def test_var_vq_obeys_the_laws_over_drawn_pyramids(layout, phi, seed):
     sides = [[step.height, step.width] for step in layout.steps]
@@ -189,7 +189,7 @@ def test_var_vq_obeys_the_laws_over_drawn_pyramids(layout, phi, seed):
     tokenizer_law(build("Tokenizer-var-vq", params, seed=seed), seed)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     height=st.integers(1, 3),
     width=st.integers(1, 3),

@@ -85,6 +85,20 @@ def test_one_file_of_forty_lines_is_used_by_one_line_of_a_recipe(kind, tmp_path)
     assert (tmp_path / "runs/recipe/samples.npy").exists()
 
 
+def test_a_strangers_task_and_observer_take_part_in_a_run(tmp_path):
+    project = a_project(tmp_path)
+    for kind in ("task", "observer"):
+        write_plugin(tmp_path / "mine", f"foreign_{kind}", kind)
+    lines = ["--set", "tasks=[foreign-task]", "--set", "observers=[foreign-observer]"]
+    done = project.sandbox("run", "recipe.yaml", "--plugins", "mine", *lines)
+    assert done.status == 0, done.err
+    folder = tmp_path / "runs/recipe"
+    result = json.loads((folder / "1-foreign-task/result.json").read_text())
+    assert sum(result["counts"]) == RECIPE["dataset"]["num_images"]
+    assert (folder / "1-foreign-task/means.png").exists()
+    assert (folder / "finished.txt").read_text() == "1-foreign-task: done\n"
+
+
 def test_without_its_folder_a_part_is_unknown(tmp_path):
     project = a_project(tmp_path, elsewhere=a_sampler("elsewhere"))
     line = ("--set", "generator.sampler=elsewhere")
