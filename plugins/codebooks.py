@@ -151,7 +151,7 @@ class VQ(nn.Module):
         num, device, weight = self.vocab_size, self.usage.device, self.embedding.weight
         drawn = torch.stack(
             [
-                vectors[(torch.rand(num, generator=rng, device=device) * len(vectors)).long()]
+                vectors[torch.randint(len(vectors), (num,), generator=rng, device=device)]
                 for vectors in self._vectors
             ]
         ).float()

@@ -63,12 +63,12 @@ class RasterTokenizer(nn.Module):
         self.register_load_state_dict_post_hook(_look_again)
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
+    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
         """Raises ValueError unless the images have `image_size`."""
         return self._quantize(self._features(images))[:, self.order]
 
     @torch.no_grad()
-    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 H W"]:
         if ids.shape[1] != self.layout.seq_len:
             raise ValueError(f"expected {self.layout.seq_len} ids an image, got {ids.shape[1]}")
         return self.render(self._maps(ids[:, self.order.argsort()]))
@@ -102,11 +102,11 @@ class RasterTokenizer(nn.Module):
         row, column = self._cell(step - 1)
         return canvas[:, None, :, row, column]
 
-    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
         return self.autoencoder.decode(canvas).float().clamp(-1, 1)
 
-    def reconstruct(self, images: Float[Tensor, "b 3 h w"]) -> Reconstruction:
+    def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
         """Encode, quantize, decode with gradients (straight through the codes).
 
         The loss is |q - sg f|^2 + beta |sg q - f|^2. In training mode the codebook takes note of
@@ -135,7 +135,7 @@ class RasterTokenizer(nn.Module):
         """Codes are places, not weights: decay would pull them to the origin."""
         return {f"codebook.{name}" for name, _ in self.codebook.named_parameters()}
 
-    def _features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+    def _features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "

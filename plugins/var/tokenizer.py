@@ -94,12 +94,12 @@ class VarTokenizer(nn.Module):
         self.register_load_state_dict_post_hook(_look_again)
 
     @torch.no_grad()
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
+    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
         """Raises ValueError unless the images have `image_size`."""
         return torch.cat(self._quantize(self._features(images))[0], dim=1)
 
     @torch.no_grad()
-    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 H W"]:
         *_, canvas = self._canvases(ids)
         return self.render(canvas)
 
@@ -128,11 +128,11 @@ class VarTokenizer(nn.Module):
         """The canvas of the steps before, shrunk to this step's map; of an empty one, zeros."""
         return rearrange(self._shrink(canvas, step), "b c h w -> b (h w) c")
 
-    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
+    def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
         return self.autoencoder.decode(canvas).float().clamp(-1, 1)
 
-    def reconstruct(self, images: Float[Tensor, "b 3 h w"]) -> Reconstruction:
+    def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
         """Encode, quantize, decode with gradients (straight through the codes).
 
         The loss is the mean over scales of |f_k - sg f|^2 + beta |sg f_k - f|^2, where f_k is the
@@ -166,7 +166,7 @@ class VarTokenizer(nn.Module):
         return {f"codebook.{name}" for name, _ in self.codebook.named_parameters()}
 
     @torch.no_grad()
-    def residual_energy(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, " k"]:
+    def residual_energy(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " k"]:
         """The share of the features' variance that is still missing after each scale."""
         features = self._features(images)
         canvases = self._quantize(features)[1]
@@ -192,7 +192,7 @@ class VarTokenizer(nn.Module):
         """What can be read off a state dict (with our names), in plain words."""
         return published_tokenizer.describe(state)
 
-    def _features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h w"]:
+    def _features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "

@@ -308,3 +308,25 @@ def test_defaults_are_the_published_ones():
     assert tokenizer.image_size == (256, 256)
     assert tokenizer.phi_of_step == (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
     assert (tokenizer.vocab_size, tokenizer.code_dim) == (4096, 32)
+
+
+@pytest.mark.gpu
+def test_a_gpu_picks_the_same_codes_with_tf32_allowed_and_training_never_waits_for_it():
+    tokenizer = build(codebook={"vocab_size": 512}).cuda().train()
+    images = images_for(tokenizer, 64).cuda()
+    rng = torch.Generator("cuda").manual_seed(0)
+    optimizer = torch.optim.AdamW(
+        [p for p in tokenizer.parameters() if p.requires_grad], fused=True
+    )
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        made = tokenizer.reconstruct(images)
+        (made.images.square().mean() + made.loss).backward()
+        optimizer.step()
+        tokenizer.after_step(optimizer, 0.0, rng)
+    torch.cuda.set_sync_debug_mode("default")
+    vectors = torch.randn(4096, 3, device="cuda")
+    exact = tokenizer.codebook.nearest(vectors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+        assert torch.equal(tokenizer.codebook.nearest(vectors), exact)
