@@ -7,7 +7,7 @@ file and the rest as JSON into that file's header: one file, no pickle, replaced
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from sandbox.errors import RunError, SandboxError
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; it takes the place of `path` only when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.replace(path)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         raise RunError(
             f"cannot write {path}: {error} (free some space or check the folder's permissions, "
             "then run the same command again: it goes on from the last checkpoint)"
@@ -76,6 +77,8 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         frame = _flatten(state, "", tensors)
         path = self.folder / f"{num_images:012d}.safetensors"
+        for stray in self.folder.glob(".*"):  # left behind by a process that was killed
+            stray.unlink()
         write_tensors(path, tensors, {"state": json.dumps(frame)})
         for old in self._paths()[: -self.keep]:
             old.unlink()
@@ -86,6 +89,8 @@ class Checkpoints:
         if not (paths := self._paths()):
             return None
         tensors, facts = read_tensors(paths[-1])
+        if "state" not in facts:
+            raise SandboxError(f"{paths[-1]}: not a checkpoint; delete it to go on without it")
         state: dict[str, Any] = _restore(json.loads(facts["state"]), tensors)
         return state
 
@@ -100,6 +105,7 @@ class Checkpoints:
 
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        name += f"#{len(tensors)}"  # unique also where keys hold slashes, or 0 and "0" are two
         # safetensors refuses shared storage and loses scalars' strides: store plain copies
         tensors[name] = value.detach().cpu().clone()
         return {"tensor": name}
