@@ -36,7 +36,12 @@ def stream(
     if num_workers == 0:
         return (batches[number] for number in _count())
     loader = DataLoader(
-        batches, batch_size=None, sampler=_Count(), num_workers=num_workers, collate_fn=_as_is
+        batches,
+        batch_size=None,
+        sampler=_Count(),
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        generator=generator("cpu", seed),  # or it would draw from the global stream, as dropout
     )
     return iter(loader)
 

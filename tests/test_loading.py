@@ -1,0 +1,98 @@
+"""Batches depend on the seed and the position: on nothing that came before, and on no process."""
+
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox import Batch, SandboxError, stream, sweep
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+class Numbered:
+    """Image `i` is `i` plus noise from the generator it is handed; its label is `i`."""
+
+    def __init__(self, size, noise=0.25):
+        self.num, self.noise = size, noise
+        self.num_classes, self.class_names, self.image_size = size, (), (1, 1)
+
+    def size(self, split):
+        return self.num if split == "train" else self.num // 2
+
+    def batch(self, split, indices, rng):
+        noise = torch.rand(len(indices), 3, 1, 1, generator=rng) * self.noise
+        return Batch(indices[:, None, None, None] + noise, indices)
+
+
+def take(batches, count):
+    return list(islice(batches, count))
+
+
+def equal(one, other):
+    pairs = zip(one, other, strict=True)
+    return all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in pairs
+    )
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 5), st.integers(0, 6))
+def test_a_stream_from_the_middle_is_the_stream_from_the_start(seed, size, batch_size, skipped):
+    dataset = Numbered(size)
+    whole = take(stream(dataset, "train", batch_size, seed=seed), skipped + 3)
+    rest = stream(dataset, "train", batch_size, seed=seed, start=skipped * batch_size)
+    assert equal(whole[skipped:], take(rest, 3))
+
+
+@given(seeds, st.integers(1, 20), st.integers(1, 7))
+def test_every_image_comes_once_an_epoch(seed, size, batch_size):
+    batches = take(
+        stream(Numbered(size), "train", batch_size, seed=seed), -(-3 * size // batch_size)
+    )
+    labels = torch.cat([batch.labels for batch in batches])
+    for epoch in range(3):
+        assert sorted(labels[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    def order(seed):
+        return torch.cat([b.labels for b in take(stream(Numbered(50), "train", 50, seed=seed), 2)])
+
+    first, second = order(1).chunk(2)
+    assert not torch.equal(first, second) and not torch.equal(first, order(2)[:50])
+
+
+def test_augmentation_is_drawn_anew_every_epoch():
+    first, second = take(stream(Numbered(1), "train", 1, seed=0), 2)
+    assert not torch.equal(first.images, second.images)
+
+
+@given(seeds, st.integers(0, 20), st.integers(1, 7), st.none() | st.integers(1, 30))
+def test_a_sweep_covers_each_image_once_in_order(seed, size, batch_size, limit):
+    batches = list(sweep(Numbered(size), "train", batch_size, limit=limit, seed=seed))
+    labels = [label for batch in batches for label in batch.labels.tolist()]
+    assert labels == list(range(size if limit is None else min(size, limit)))
+    assert all(1 <= len(batch.labels) <= batch_size for batch in batches)
+    assert equal(batches, sweep(Numbered(size), "train", batch_size, limit=limit, seed=seed))
+
+
+def test_splits_are_not_mixed():
+    (batch,) = sweep(Numbered(8), "validation", 8)
+    assert batch.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_worker_processes_change_nothing_at_all():
+    """Not the batches, and not the global random stream that dropout draws from."""
+    dataset = Numbered(10)
+    alone = take(stream(dataset, "train", 4, seed=3, start=4), 4)
+    before = torch.get_rng_state()
+    helped = stream(dataset, "train", 4, seed=3, start=4, num_workers=1)
+    assert equal(alone, take(helped, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_empty_split_is_refused_at_once():
+    with pytest.raises(SandboxError, match="no train images"):
+        stream(Numbered(0), "train", 4, seed=0)
