@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 import sandbox
 
@@ -87,7 +87,7 @@ class VQ(nn.Module):
         if start == stop:
             return
         with _exact_float32(vectors.device):
-            centers = _broadcast(_cluster(vectors.float(), stop - start, group))
+            centers = _cluster(vectors.float(), stop - start, group)
         num_rows = self.vocab_size - start
         repeated = centers.repeat(-(-num_rows // len(centers)), 1)[:num_rows]
         self.embedding.weight[start:] = repeated
@@ -119,10 +119,7 @@ class VQ(nn.Module):
         """
         if not self._noted:
             return {}
-        counts, sums = (
-            _mean_over_ranks(torch.stack(pieces).mean(0))
-            for pieces in zip(*self._noted, strict=True)
-        )
+        counts, sums = (torch.stack(p).mean(0) for p in zip(*self._noted, strict=True))
         self._noted = []
         p, weight = self.params, self.embedding.weight
         self.num_steps += 1
@@ -160,7 +157,6 @@ class VQ(nn.Module):
         rows += (
             0.01 * rows.std(correction=0) * torch.randn(rows.shape, generator=rng, device=device)
         )
-        rows = _broadcast(rows)
         weight.copy_(torch.where(dead[:, None], rows, weight))
         self.usage.masked_fill_(dead, 1.0)
         for moment in optimizer.state.get(weight, {}).values():
@@ -218,21 +214,6 @@ def _exact_float32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.fp32_precision = before
-
-
-def _mean_over_ranks(tensor: Tensor) -> Tensor:
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(tensor)
-        tensor = tensor / distributed.get_world_size()
-    return tensor
-
-
-def _broadcast(tensor: Tensor) -> Tensor:
-    """The first rank's, on every rank."""
-    if distributed.is_available() and distributed.is_initialized():
-        tensor = tensor.contiguous()
-        distributed.broadcast(tensor, 0)
-    return tensor
 
 
 @sandbox.hookimpl

@@ -66,9 +66,8 @@ class VarTokenizer(nn.Module):
                     f"schedule {schedule.name!r} has steps that fill only a part of their map; "
                     "`var-vq` needs growing whole maps (for one token a step use `raster-vq`)"
                 )
-            Layout.pyramid(
-                *((s.height, s.width) for s in layout.steps)
-            )  # refuses maps that do not grow
+            # Refuses maps that do not grow.
+            Layout.pyramid(*((step.height, step.width) for step in layout.steps))
             return schedule
 
     def __init__(self, params: Params) -> None:
