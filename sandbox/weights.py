@@ -10,6 +10,7 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,10 @@ def _download(place: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     address, _, revision = place.removeprefix("hf://").partition("@")
-    owner, repository, *names = address.split("/")
-    if not names:
+    words = address.split("/")
+    if len(words) < 3 or not all(words):
         raise SandboxError(f"{place}: expected hf://owner/repository/file[@revision]")
-    repo, name, at = f"{owner}/{repository}", "/".join(names), revision or "main"
+    repo, name, at = "/".join(words[:2]), "/".join(words[2:]), revision or "main"
     try:
         path = Path(hf_hub_download(repo, name, revision=at))
         etag = get_hf_file_metadata(hf_hub_url(repo, name, revision=at)).etag or ""
@@ -93,7 +94,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mmap = is_zipfile(path)  # files from before torch 1.6 are none
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SandboxError(
