@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import Codebook
-from sandbox_plugins.codebooks import VQ
+from sandbox_plugins.codebooks import VQ, _nearest
 
 seeds = st.integers(0, 2**16)
 
@@ -182,3 +182,17 @@ def test_a_step_without_a_batch_changes_nothing():
     codebook = build()
     assert codebook.after_step(optimizer_of(codebook), 0.0, torch.Generator()) == {}
     assert codebook.num_steps == 0
+
+
+@pytest.mark.gpu
+def test_lookups_are_exact_where_tf32_is_allowed():
+    codebook = build(code_dim=32, vocab_size=4096, init="normal").cuda()
+    vectors = torch.randn(4096, 32, device="cuda")
+    exact, matmul = codebook.nearest(vectors), torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert torch.equal(codebook.nearest(vectors), exact)
+        assert not torch.equal(_nearest(vectors, codebook.embedding.weight), exact)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
