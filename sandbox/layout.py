@@ -100,11 +100,12 @@ class Layout:
 
     def step_of(self) -> Int[Tensor, " l"]:
         """The step that predicts each token."""
-        return torch.repeat_interleave(torch.arange(len(self.steps)), torch.tensor(self.lens))
+        return torch.tensor([step for step, count in enumerate(self.lens) for _ in range(count)])
 
     def level_of(self) -> Int[Tensor, " l"]:
         """The level (scale) of each token."""
-        return torch.tensor(self.level_of_step)[self.step_of()]
+        pairs = zip(self.level_of_step, self.lens, strict=True)
+        return torch.tensor([level for level, count in pairs for _ in range(count)])
 
     def mask(self) -> Bool[Tensor, "l l"]:
         """True where a query (row) may look at a key (column): same step or earlier."""

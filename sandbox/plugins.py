@@ -66,6 +66,8 @@ def _in_folders(folders: Sequence[Path]) -> Iterator[tuple[str, Callable[[], Mod
     seen: dict[str, str] = {}
     for path in sandbox_plugins.__path__:
         for module in pkgutil.iter_modules([path]):
+            if module.name == "conftest" or module.name.startswith("test_"):
+                continue  # a plugin's tests may stand beside it
             if other := seen.get(module.name):
                 raise SandboxError(
                     f"two plugins are called {module.name!r}, in {other} and in {path}: rename one"

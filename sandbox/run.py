@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from sandbox.assembly import Assembly
-from sandbox.checkpoint import atomic, write_json
+from sandbox.checkpoint import Checkpoints, atomic, write_json
 from sandbox.errors import RunError, SandboxError
 from sandbox.hooks import ObserverHooks
 from sandbox.interfaces import Observer
@@ -154,6 +154,7 @@ def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
                 raise SandboxError(f"{run.label}: {error}") from error
             result["seconds"] = round(perf_counter() - began + _seconds_before(run), 3)
             write_json(kept, result)
+        Checkpoints(run.task_folder / "checkpoints").clear()  # nothing is lost without them now
         outcome.results[run.label] = result
         run.log("task_ended", result=result, skipped=skipped)
         run._tell("task_ended", result=result, skipped=skipped)

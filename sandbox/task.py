@@ -74,7 +74,8 @@ class Task(Protocol):
     """One stage of a run: train, sample, evaluate. Built as `Class(params)`.
 
     The result (JSON values) is kept in the task's folder; a task whose result is there is skipped.
-    A task that was stopped half-way is called again and goes on from what it kept.
+    A task that was stopped half-way is called again and goes on from what it kept; what it kept in
+    `checkpoints` there is deleted once it has a result.
     """
 
     def plan(self, run: Run) -> Mapping[str, str]:

@@ -55,7 +55,7 @@ def _write(
     draft = folder / "examples.draft.npy"
     for number in range(passes):
         for batch in sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number):
-            examples = _compact(run.generator.prepare(batch.images.to(run.device)).cpu())
+            examples = _compact(run, run.generator.prepare(batch.images.to(run.device)).cpu())
             if target is None:
                 shape = (passes * size, *examples.shape[1:])
                 target = np.lib.format.open_memmap(draft, "w+", examples.dtype, shape)
@@ -70,12 +70,13 @@ def _write(
         np.save(file, torch.cat(labels).numpy())
 
 
-def _compact(examples: Tensor) -> np.ndarray:
-    """Ids in 16 bits where they fit (a vocabulary has at most 65,536 there), else as they are."""
+def _compact(run: sandbox.Run, examples: Tensor) -> np.ndarray:
+    """Ids in 16 bits where the vocabulary fits, else in 32; what is no id as it is."""
     array = examples.numpy()
-    if array.dtype.kind == "i" and array.max(initial=0) < 2**15:
-        return array.astype(np.int16)
-    return array.astype(np.int32) if array.dtype.kind == "i" else array
+    if array.dtype.kind != "i":
+        return array
+    fits = bool(run.settings("tokenizer")) and run.tokenizer.vocab_size <= 2**15
+    return array.astype(np.int16 if fits else np.int32)
 
 
 def _key(run: sandbox.Run, split: sandbox.Split, passes: int, limit: int | None) -> str:

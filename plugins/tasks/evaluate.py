@@ -98,7 +98,8 @@ class Evaluate:
 
     def _evidence(self, run: sandbox.Run, pair: tuple[Tensor, Tensor]) -> sandbox.Evidence:
         images, labels = (tensor.to(run.device) for tensor in pair)
-        with torch.no_grad():
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # as provenance says
+        with torch.no_grad(), exact:
             if self._reads_features():
                 features, logits = run.features.features(images)
             else:

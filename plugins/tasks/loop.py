@@ -42,7 +42,8 @@ class Fit:
 def train(fit: Fit) -> dict[str, Any]:
     """Train to the end, or on to it from the last checkpoint; returns the last validation.
 
-    The network is left with the weights to keep. Raises RunError where the loss stops being finite.
+    The network is left with the weights to keep. The last checkpoint stays for the run to delete,
+    once the task's result is kept. Raises RunError where the loss stops being finite.
     """
     run, settings, network = fit.run, fit.settings, fit.network
     optimizer = AdamW(_groups(network), lr=settings.learning_rate, betas=settings.betas)
@@ -54,7 +55,11 @@ def train(fit: Fit) -> dict[str, Any]:
         done, best = _resume(state, network, optimizer, average)
         run.rewind(done)
         run.say(f"going on from {done:,} images")
+    else:  # dropout depends on the task, not on what was built or drawn before it
+        torch.manual_seed(sandbox.derive_seed(run.seed, run.label))
     batches, watch = fit.batches(done), _Watch(run, settings, done)
+    if state is not None:
+        watch.sums, watch.counts = state["sums"], state["counts"]
     scores: dict[str, float] = dict(state["scores"]) if state else {}
     network.train()
     while done < total:
@@ -73,11 +78,11 @@ def train(fit: Fit) -> dict[str, Any]:
                 if settings.keep == "best":
                     kept = average if average is not None else _weights(network)
                     sandbox.write_tensors(run.task_folder / "best.safetensors", kept)
-        if done < total and _due(done, _checkpoint_every(settings, total), settings.batch_size):
+        if done == total or _due(done, _checkpoint_every(settings, total), settings.batch_size):
             watch.check(done)
-            checkpoints.save(done, _state(done, best, scores, network, optimizer, average))
+            state = _state(done, best, scores, network, optimizer, average)
+            checkpoints.save(done, state | {"sums": watch.sums, "counts": watch.counts})
     _finish(fit, average)
-    checkpoints.clear()
     return {"images_seen": done, "validation": scores}
 
 

@@ -29,6 +29,11 @@ class TrainClassifier:
 
     def plan(self, run: sandbox.Run) -> Mapping[str, str]:
         size = run.dataset.image_size
+        if not run.features.needs_weights:
+            raise sandbox.SandboxError(
+                f"{run.label}: the features {run.settings('features')['name']!r} are not trained; use "
+                "features: classifier, or drop this task"
+            )
 
         def loss(num_images: int) -> Tensor:
             images = torch.rand(num_images, 3, *size, device=run.device) * 2 - 1
