@@ -99,21 +99,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
     name = arguments.recipe.stem + ("-preview" if preview else "")
     folder = arguments.out or Path("runs") / name
-    if arguments.fresh:
-        _delete_run(folder)
-    command = "sandbox " + shlex.join(sys.argv[1:])
-    execute(recipe, folder, name=arguments.recipe.stem, command=command)
-    return 0
-
-
-def _delete_run(folder: Path) -> None:
-    import shutil
-
-    if folder.exists() and not (folder / "recipe.yaml").exists():
+    if arguments.fresh and folder.exists() and not (folder / "recipe.yaml").exists():
         raise SandboxError(
             f"--fresh: {folder} is not a run folder; delete it yourself if you mean it"
         )
-    shutil.rmtree(folder, ignore_errors=True)
+    command = "sandbox " + shlex.join(sys.argv[1:])
+    execute(recipe, folder, name=arguments.recipe.stem, command=command, fresh=arguments.fresh)
+    return 0
 
 
 def _wants_preview(arguments: argparse.Namespace) -> bool:

@@ -9,8 +9,9 @@ from sandbox.errors import SandboxError
 from sandbox.plugins import load_plugins
 from sandbox.recipe import load_recipe
 from sandbox.run import LiveRun
+from sandbox.values import Role
 
-PUBLISHED_NAME = {"tokenizer": "vae", "generator": "var"}
+PUBLISHED_NAME: dict[Role, str] = {"tokenizer": "vae", "generator": "var"}
 
 
 def load(
@@ -34,15 +35,23 @@ def load(
 
 
 def export(run: LiveRun, out: Path) -> list[Path]:
-    """Write the run's tokenizer and generator with the published names and shapes."""
-    written = []
+    """Write the run's tokenizer and generator with the published names and shapes.
+
+    Raises SandboxError where one of them has no weights to write, or no published layout.
+    """
+    states = {}
     for role, name in PUBLISHED_NAME.items():
         if not run.settings(role):
             continue
+        if not run.has_weights(role):
+            raise SandboxError(f"{run.folder}: the {role} has no trained weights to export")
         module: Any = run.tokenizer if role == "tokenizer" else run.generator.network
         if not hasattr(module, "to_published"):
             raise SandboxError(f"the {role} {run.settings(role)['name']!r} has no published layout")
-        path = out / f"{name}.safetensors"
-        write_tensors(path, module.to_published())
-        written.append(path)
-    return written
+        try:
+            states[out / f"{name}.safetensors"] = module.to_published()
+        except ValueError as error:
+            raise SandboxError(f"{role}: {error}") from None
+    for path, state in states.items():
+        write_tensors(path, state)
+    return list(states)

@@ -6,6 +6,7 @@ The folder is the run: the same command on the same folder goes on where it was 
 
 import fcntl
 import json
+import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from sandbox.parts import Part
 from sandbox.provenance import environment
 from sandbox.recipe import Recipe, to_yaml
 
+LOCK = ".lock"
 MIN_PICTURE_PX = 64
 """Smaller images are enlarged by whole factors, so that a person can look at them."""
 
@@ -104,13 +106,18 @@ class _Outcome:
     results: dict[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def execute(recipe: Recipe, folder: Path, *, name: str, command: str = "") -> dict[str, Any]:
+def execute(
+    recipe: Recipe, folder: Path, *, name: str, command: str = "", fresh: bool = False
+) -> dict[str, Any]:
     """Run all tasks of a recipe in `folder`; return their results by label.
 
+    With `fresh`, whatever the folder holds is deleted before.
     Raises SandboxError for a folder that cannot be used or holds another recipe's run, RunError for
     a failure on the way; all that was done stays in the folder.
     """
     with _claimed(folder):
+        if fresh:
+            _empty(folder)
         _remember(recipe, folder)
         hooks = _observers(recipe.observers)
         run = LiveRun(recipe, folder, hooks)
@@ -180,7 +187,7 @@ def _claimed(folder: Path) -> Iterator[None]:
     """Hold the folder against a second process for as long as the run lasts."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         raise SandboxError(
             f"cannot write to the run folder {folder}: {error.strerror}; choose another with --out"
@@ -193,16 +200,24 @@ def _claimed(folder: Path) -> Iterator[None]:
         yield
 
 
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 def _remember(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
-    if path.exists():
+    if path.exists() and any(folder.glob("[0-9]*-*/*")):  # until then a mistake can be mended
         before = _flat(yaml.safe_load(path.read_text()))
         now = _flat(yaml.safe_load(to_yaml(recipe)))
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key) and not key.startswith("observers"):
                 raise SandboxError(
                     f"{folder} holds a run of another recipe ({key} is {before.get(key)!r} there, "
-                    f"{now.get(key)!r} here): choose another folder with --out, or delete it"
+                    f"{now.get(key)!r} here): choose another with --out, or empty it with --fresh"
                 )
     with atomic(path) as draft:
         draft.write_text(to_yaml(recipe))

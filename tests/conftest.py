@@ -1,6 +1,7 @@
 import hypothesis
 import pytest
 import torch
+
 from sandbox.plugins import load_plugins
 
 # Wall-clock deadlines time torch's first call, not the code; a red run must be repeatable.
@@ -18,6 +19,15 @@ hypothesis.settings.load_profile("sandbox")
 @pytest.fixture(scope="session")
 def registry():
     return load_plugins(strict=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Whole runs of tiny networks: fastest so, and as in a process that is given one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_modifyitems(items):

@@ -23,6 +23,8 @@ from sandbox.cli import main
 from sandbox.recipe import load_recipe
 from sandbox.run import execute
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAINING = "batch_size: 16, checkpoint_every: 16, report_every: 32, num_validation_images: 16"
 RECIPE = f"""\
 seed: 3
@@ -53,15 +55,6 @@ KEPT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks are fastest so, and the same sums come out in a process of one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def start(tmp_path, registry):
     """Write the recipe, changed where a test wishes, and run it in a folder."""
@@ -75,12 +68,11 @@ def start(tmp_path, registry):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, registry):
+def whole(tmp_path_factory, registry, one_thread):
     """The folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
-    torch.set_num_threads(1)
     execute(load_recipe(path, [], registry), folder / "run", name="tiny")
     return folder / "run"
 
