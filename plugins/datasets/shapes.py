@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 import sandbox
@@ -68,8 +68,21 @@ class Shapes:
         clutter: float = Field(default=0.3, ge=0, le=1)
         """How hard it is: strength of gradients and textures behind, of a distractor that may
         overlap, and the range of turns. 0 gives nearly upright shapes on a plain background."""
+        radius: tuple[float, float] = (0.5, 0.85)
+        """Smallest and largest radius, as a share of half the image's shorter side."""
+        stroke: float = Field(default=0.12, gt=0, lt=0.5)
+        """Half the line width of hollow shapes, as a share of the radius; at least 0.65 px."""
+        edge_px: float = Field(default=1.0, ge=1)
+        """Width of the blur along edges, in pixels; 1 is plain anti-aliasing."""
         seed: int = Field(default=0, ge=0, lt=2**32)
         """Another seed gives other images."""
+
+        @field_validator("radius")
+        @classmethod
+        def _in_order(cls, radius: tuple[float, float]) -> tuple[float, float]:
+            if not 0 < radius[0] <= radius[1] <= 1:
+                raise ValueError("expected [smallest, largest] with 0 < smallest <= largest <= 1")
+            return radius
 
     def __init__(self, params: "Shapes.Params") -> None:
         self._params = params
@@ -100,7 +113,10 @@ class Shapes:
         # Every channel is 0.3 to 0.7 away from the shape's, so that no shape drowns.
         behind = (colour + dice.between(0.3, 0.7, 3)) % 1
         shape = self._coverage(
-            labels, dice, radius=half * dice.between(0.5, 0.85), turn=0.15 + 0.35 * clutter
+            labels,
+            dice,
+            radius=half * dice.between(*self._params.radius),
+            turn=0.15 + 0.35 * clutter,
         )
         images = rearrange(behind, "b c -> b c 1 1").expand(-1, -1, *self.image_size)
         if clutter == 0:
@@ -141,10 +157,10 @@ class Shapes:
         x, y = self._grid(centre, turn * (2 * dice.roll() - 1))
         unit = rearrange(radius, "b -> b 1 1")
         distance = _signed_distance(x / unit, y / unit, labels // 2) * unit
-        stroke = (0.12 * unit).clamp(min=0.65)
+        stroke = (self._params.stroke * unit).clamp(min=0.65)
         hollow = rearrange(labels % 2 == 1, "b -> b 1 1")
         distance = torch.where(hollow, distance.abs() - stroke, distance)
-        return (0.5 - distance).clamp(0, 1)
+        return (0.5 - distance / self._params.edge_px).clamp(0, 1)
 
     def _grid(
         self, centre: Float[Tensor, "b 2"], angle: Float[Tensor, " b"]
