@@ -24,7 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
     arguments = _parser().parse_args(argv)
     try:
-        return int(arguments.command(arguments))
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()  # here, where a closed pipe is no error yet
+        return status
     except SandboxError as error:
         for line in str(error).splitlines():
             print(f"sandbox: {line}", file=sys.stderr)
