@@ -143,14 +143,14 @@ def execute(
 
 
 def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
-    for number, part in enumerate(run.recipe.tasks, 1):
+    tasks = [part.build() for part in run.recipe.tasks]  # their mistakes show before any work
+    for number, (part, task) in enumerate(zip(run.recipe.tasks, tasks, strict=True), 1):
         run.label = f"{number}-{part.name}"
         kept = run.task_folder / "result.json"
         skipped = kept.exists()
         if skipped:
             result = json.loads(kept.read_text())
         else:
-            task = part.build()
             plan = dict(task.plan(run))
             run.log("task_started", plan=plan)
             run._tell("task_started", plan=plan)
@@ -159,6 +159,10 @@ def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
                 result = dict(task.run(run))
             except ValueError as error:
                 raise SandboxError(f"{run.label}: {error}") from error
+            except OSError as error:
+                raise RunError(
+                    f"{run.label}: {error} (mend it and run the same command again)"
+                ) from error
             result["seconds"] = round(perf_counter() - began + _seconds_before(run), 3)
             write_json(kept, result)
         Checkpoints(run.task_folder / "checkpoints").clear()  # nothing is lost without them now

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import sandbox
 
+from .arrays import new_array
+
 
 class Prepared:
     """A `sandbox.Dataset` whose images are what `Generator.prepare` made of the real ones."""
@@ -50,7 +52,6 @@ def cached(
 def _write(
     run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, size: int, folder: Path
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     target, labels, row = None, [], 0
     draft = folder / "examples.draft.npy"
     for number in range(passes):
@@ -58,7 +59,7 @@ def _write(
             examples = _compact(run, run.generator.prepare(batch.images.to(run.device)).cpu())
             if target is None:
                 shape = (passes * size, *examples.shape[1:])
-                target = np.lib.format.open_memmap(draft, "w+", examples.dtype, shape)
+                target = new_array(draft, examples.dtype, shape)
             target[row : row + len(examples)] = examples
             labels.append(batch.labels)
             row += len(examples)

@@ -40,14 +40,19 @@ class Evaluate:
 
     def __init__(self, params: Params) -> None:
         self.params = params
-
-    def plan(self, run: sandbox.Run) -> Mapping[str, str]:
-        paired = [part.name for part in self.params.metrics if part.build().paired]
-        if paired and self.params.images != "reconstructions":
+        paired = [part.name for part in params.metrics if part.build().paired]
+        if paired and params.images != "reconstructions":
             raise sandbox.SandboxError(
-                f"{run.label}: {', '.join(paired)} compare image by image: set images: "
+                f"evaluate: {', '.join(paired)} compare image by image: set images: "
                 "reconstructions, or drop them"
             )
+        if isinstance(params.images, Path) and not params.images.exists():
+            raise sandbox.SandboxError(
+                f"evaluate: images: {params.images}: no such folder or .npz, nor is it samples or "
+                "reconstructions"
+            )
+
+    def plan(self, run: sandbox.Run) -> Mapping[str, str]:
         unweighted = self._reads_features() and not run.has_weights("features")
         if unweighted and run.features.needs_weights:
             raise sandbox.SandboxError(

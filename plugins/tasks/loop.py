@@ -144,7 +144,8 @@ class _Watch:
             raise sandbox.RunError(
                 f"{self.run.label}: the {sick[0]} is no longer finite, between image {first:,} and "
                 f"image {done:,}; the last good checkpoint stays in "
-                f"{self.run.task_folder / 'checkpoints'}; lower learning_rate or clip"
+                f"{self.run.task_folder / 'checkpoints'}; lower learning_rate or clip, in a new "
+                "folder (--out) or over this one (--fresh)"
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sandbox
 
+from .arrays import new_array
 from .npz import from_uint8, to_uint8, write_npz
 from .train_generator import coarse_to_fine
 
@@ -99,7 +100,7 @@ class Sample:
         path = run.folder / ARRAY
         shape = (self.params.num_images, *images.shape[1:])
         if done == 0:
-            array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+            array = new_array(path, np.dtype(np.uint8), shape)
         else:
             array = np.lib.format.open_memmap(path, "r+")
         array[done : done + len(images)] = images.numpy()

@@ -31,8 +31,8 @@ class TrainClassifier:
         size = run.dataset.image_size
         if not run.features.needs_weights:
             raise sandbox.SandboxError(
-                f"{run.label}: the features {run.settings('features')['name']!r} are not trained; use "
-                "features: classifier, or drop this task"
+                f"{run.label}: the features {run.settings('features')['name']!r} are not "
+                "trained; use features: classifier, or drop this task"
             )
 
         def loss(num_images: int) -> Tensor:
