@@ -58,11 +58,15 @@ class Assembly:
 
     @property
     def num_classes(self) -> int:
-        if self.recipe.dataset:
-            return self.dataset.num_classes
-        if self.recipe.num_classes:
-            return self.recipe.num_classes
-        raise SandboxError("the recipe names no dataset: set num_classes (1000 for ImageNet)")
+        known = self.recipe.num_classes
+        if not self.recipe.dataset:
+            if known is None:
+                raise SandboxError("the recipe names no dataset: set num_classes (1000: ImageNet)")
+            return known
+        there = self.dataset.num_classes
+        if known is not None and known < there:
+            raise SandboxError(f"num_classes: {known} is less than the data set's {there}")
+        return there if known is None else known
 
     def settings(self, slot: str) -> Mapping[str, Any]:
         part = getattr(self.recipe, slot)

@@ -38,7 +38,7 @@ class Recipe(Params):
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto`: a GPU where there is one."""
     num_classes: int | None = Field(None, ge=1)
-    """Only where the recipe names no data set, which knows better."""
+    """Classes the models know; the data set's when absent."""
     dataset: Part[Dataset] | None = None
     tokenizer: Part[Tokenizer] | None = None
     generator: Part[Generator] | None = None

@@ -40,7 +40,7 @@ class Run(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """The data set's, or the recipe's where it names no data set."""
+        """Classes the models know: the recipe's, or else the data set's."""
 
     def settings(self, slot: str) -> Mapping[str, Any]:
         """The part in a slot of the recipe (`dataset`, ...) as a mapping, defaults included."""

@@ -32,6 +32,8 @@ class TrainTokenizer:
         """Largest gradient norm."""
         num_validation_images: int = Field(1024, gt=0)
         """Held-out images on which PSNR and codebook usage are measured."""
+        picture_images: int = Field(12, gt=0)
+        """Held-out images in the pictures at the end."""
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -82,7 +84,7 @@ class TrainTokenizer:
         run.save_weights("tokenizer", tokenizer.state_dict(), images_seen=result["images_seen"])
         if not codebook:  # resumed after the last validation
             codebook = _validate(run, tokenizer, params)[1]
-        _pictures(run, tokenizer)
+        _pictures(run, tokenizer, params.picture_images)
         return result | {"psnr": round(result["validation"]["psnr"], 3), "codebook": codebook}
 
     def _losses(
@@ -138,9 +140,9 @@ def _validate(
     return scores, codebook
 
 
-def _pictures(run: sandbox.Run, tokenizer: Any) -> None:
+def _pictures(run: sandbox.Run, tokenizer: Any, num_images: int) -> None:
     """Originals over reconstructions, and what the first k steps alone decode to."""
-    batch = next(iter(sandbox.sweep(run.dataset, "validation", 16)))
+    batch = next(sandbox.sweep(run.dataset, "validation", num_images))
     images = batch.images.to(run.device)
     with torch.no_grad():
         ids = tokenizer.encode(images)

@@ -35,9 +35,9 @@ class CodebookUsage:
                 self._counts.to(ids.device),
                 self._level_of.to(ids.device),
             )
-        ids = ids.long()  # bincount would wait for the device to learn its largest id
-        one = torch.ones((), dtype=torch.int64, device=ids.device)
-        self._counts.index_put_((self._level_of.expand_as(ids), ids), one, accumulate=True)
+        # bincount and index_put_ would wait for the device; a scatter does not
+        cells = (self._level_of * self.vocab_size + ids.long()).flatten()
+        self._counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
 
     def compute(self) -> dict[str, list[float]]:
         """One number a level, first level first, under each of these names.
