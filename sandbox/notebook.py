@@ -47,7 +47,7 @@ def export(run: LiveRun, out: Path) -> list[Path]:
         if not run.settings(role):
             continue
         if not run.has_weights(role):
-            raise SandboxError(f"{run.folder}: the {role} has no trained weights to export")
+            raise SandboxError(f"the {role} has no trained weights to export")
         module: Any = run.tokenizer if role == "tokenizer" else run.generator.network
         if not hasattr(module, "to_published"):
             reasons.append(f"the {role} {run.settings(role)['name']!r} has no published layout")

@@ -7,6 +7,7 @@ itself, with `from_published(state) -> state | None`, and puts a state in plain 
 """
 
 import hashlib
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,7 @@ def _download(place: str) -> Path:
     if len(words) < 3 or not all(words):
         raise SandboxError(f"{place}: expected hf://owner/repository/file[@revision]")
     repo, name, at = "/".join(words[:2]), "/".join(words[2:]), revision or "main"
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries say less than we do
     try:
         path = Path(hf_hub_download(repo, name, revision=at))
         etag = get_hf_file_metadata(hf_hub_url(repo, name, revision=at)).etag or ""

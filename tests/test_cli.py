@@ -344,7 +344,7 @@ def test_what_has_no_published_layout_is_not_exported(project):
 
 def test_what_has_no_weights_is_not_exported(project):
     told = one_line(project.sandbox("export", "sampling.yaml", "out"), 2)
-    assert told == "runs/sampling: the tokenizer has no trained weights to export"
+    assert told == "the tokenizer has no trained weights to export"
 
 
 def test_an_unexpected_error_keeps_its_traceback_for_who_asks(project, monkeypatch):

@@ -18,8 +18,7 @@ class CodebookUsage:
         if vocab_size < 1:
             raise ValueError(f"a codebook has at least one code, got vocab_size {vocab_size}")
         self.layout, self.vocab_size = layout, vocab_size
-        self._level_of = layout.level_of()
-        self._counts = torch.zeros(layout.num_levels, vocab_size, dtype=torch.int64)
+        self._counts = torch.zeros(layout.seq_len, vocab_size, dtype=torch.int64)
 
     def update(self, ids: Int[Tensor, "b l"]) -> None:
         """Take in the ids of a batch, in [0, vocab_size). Does not wait for the device.
@@ -31,13 +30,9 @@ class CodebookUsage:
                 f"ids {tuple(ids.shape)} do not fit a layout of {self.layout.seq_len} tokens"
             )
         if self._counts.device != ids.device:
-            self._counts, self._level_of = (
-                self._counts.to(ids.device),
-                self._level_of.to(ids.device),
-            )
-        # bincount and index_put_ would wait for the device; a scatter does not
-        cells = (self._level_of * self.vocab_size + ids.long()).flatten()
-        self._counts.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
+            self._counts = self._counts.to(ids.device)
+        ids = ids.long().T  # bincount and index_put_ would wait for the device; a scatter does not
+        self._counts.scatter_add_(1, ids, torch.ones_like(ids))
 
     def compute(self) -> dict[str, list[float]]:
         """One number a level, first level first, under each of these names.
@@ -47,7 +42,8 @@ class CodebookUsage:
         the distribution of the draws. `perplexity`: exp of it, in [1, used_codes].
         Raises ValueError before the first update.
         """
-        counts = self._counts.double().cpu()
+        counts = torch.zeros(self.layout.num_levels, self.vocab_size, dtype=torch.float64)
+        counts.index_add_(0, self.layout.level_of(), self._counts.double().cpu())
         draws = counts.sum(dim=1)
         if not draws.all():
             raise ValueError("codebook usage needs at least one image's ids")
