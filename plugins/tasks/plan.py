@@ -39,6 +39,28 @@ def training_plan(
     }
 
 
+def sampling_plan(run: sandbox.Run, num_images: int, batch_size: int) -> dict[str, str]:
+    """The plan of a generation, from one image generated on trial."""
+    network, label = run.generator.network, torch.zeros(1, dtype=torch.long, device=run.device)
+    with torch.random.fork_rng():
+        if run.device.type == "cuda":
+            run.generator.generate(label, run.rng("warm-up"))
+        began = _now(run.device)
+        with FlopCounterMode(display=False) as counter:
+            run.generator.generate(label, run.rng("trial"))
+        seconds = _now(run.device) - began
+    num_parameters = sum(p.numel() for p in network.parameters())
+    return {
+        "network": f"{type(network).__name__}, {num_parameters / 1e6:.2f} M parameters",
+        "images": f"{num_images:,}, in batches of {batch_size}",
+        "per image": f"about {counter.get_total_flops() / 1e9:.3g} GFLOP, decoding included",
+        "memory": f"{gib(4 * num_parameters)} for the network's weights, of "
+        f"{gib(_available(run.device))} here",
+        "time": f"at most {duration(seconds * num_images)} on {sandbox.device_name(run.device)} "
+        f"({seconds:.2g} s for one image alone)",
+    }
+
+
 def _large(network: nn.Module) -> bool:
     return sum(p.numel() for p in network.parameters()) > 5e7
 

@@ -14,6 +14,7 @@ import sandbox
 
 from .arrays import new_array
 from .npz import from_uint8, to_uint8, write_npz
+from .plan import sampling_plan
 from .train_generator import coarse_to_fine
 
 ARRAY, LABELS = "samples.npy", "samples-labels.npy"
@@ -59,11 +60,7 @@ class Sample:
                 f"{run.label}: labels: {wrong[0]} is no class; they run from 0 to "
                 f"{run.num_classes - 1}"
             )
-        network = run.generator.network
-        return {
-            "network": f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters",
-            "images": f"{self.params.num_images:,}, in batches of {self.params.batch_size}",
-        }
+        return sampling_plan(run, self.params.num_images, self.params.batch_size)
 
     def run(self, run: sandbox.Run) -> dict[str, Any]:
         params = self.params
