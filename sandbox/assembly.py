@@ -90,7 +90,7 @@ class Assembly:
     def _build(self, role: str, part: Part[T] | None, *handed: Any) -> T:
         if part is None:
             raise SandboxError(
-                f"the task {self.label or '?'!r} needs a {role}: add `{role}:` to it"
+                f"the task {self.label or '?'!r} needs a {role}: add `{role}:` to the recipe"
             )
         torch.manual_seed(derive_seed(self.seed, role) % 2**63)  # initial weights per role
         try:

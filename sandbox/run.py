@@ -8,6 +8,7 @@ import fcntl
 import json
 import shutil
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -129,7 +130,8 @@ def execute(
         hooks.run_started(run=run)
         outcome = _Outcome()
         try:
-            _run_tasks(run, outcome)
+            with _warnings_said(run):
+                _run_tasks(run, outcome)
         except BaseException as error:
             outcome.error = error
             if not isinstance(error, SandboxError | RunError | KeyboardInterrupt):
@@ -143,7 +145,8 @@ def execute(
 
 
 def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
-    tasks = [part.build() for part in run.recipe.tasks]  # their mistakes show before any work
+    with _blaming(run):
+        tasks = [part.build() for part in run.recipe.tasks]  # their mistakes show before any work
     for number, (part, task) in enumerate(zip(run.recipe.tasks, tasks, strict=True), 1):
         run.label = f"{number}-{part.name}"
         kept = run.task_folder / "result.json"
@@ -151,18 +154,13 @@ def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
         if skipped:
             result = json.loads(kept.read_text())
         else:
-            plan = dict(task.plan(run))
+            with _blaming(run):
+                plan = dict(task.plan(run))
             run.log("task_started", plan=plan)
             run._tell("task_started", plan=plan)
             began = perf_counter()
-            try:
+            with _blaming(run):
                 result = dict(task.run(run))
-            except ValueError as error:
-                raise SandboxError(f"{run.label}: {error}") from error
-            except OSError as error:
-                raise RunError(
-                    f"{run.label}: {error} (mend it and run the same command again)"
-                ) from error
             result["seconds"] = round(perf_counter() - began + _seconds_before(run), 3)
             write_json(kept, result)
         Checkpoints(run.task_folder / "checkpoints").clear()  # nothing is lost without them now
@@ -170,6 +168,26 @@ def _run_tasks(run: LiveRun, outcome: _Outcome) -> None:
         run.log("task_ended", result=result, skipped=skipped)
         run._tell("task_ended", result=result, skipped=skipped)
     run.label = ""
+
+
+@contextmanager
+def _warnings_said(run: LiveRun) -> Iterator[None]:
+    """Let warnings (a skipped image, say) reach the log and the observers."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: run.say(str(message))
+        yield
+
+
+@contextmanager
+def _blaming(run: LiveRun) -> Iterator[None]:
+    """Put what a part refuses, or the machine, as one line that names the task."""
+    label = run.label or "tasks"
+    try:
+        yield
+    except ValueError as error:
+        raise SandboxError(f"{label}: {error}") from error
+    except OSError as error:
+        raise RunError(f"{label}: {error} (mend it and run the same command again)") from error
 
 
 def _seconds_before(run: LiveRun) -> float:
@@ -214,11 +232,14 @@ def _empty(folder: Path) -> None:
 
 def _remember(recipe: Recipe, folder: Path) -> None:
     path = folder / "recipe.yaml"
-    if path.exists() and any(folder.glob("[0-9]*-*/*")):  # until then a mistake can be mended
+    numbers = {path.parent.name.partition("-")[0] for path in folder.glob("[0-9]*-*/*")}
+    begun = tuple(f"tasks.{int(number) - 1}." for number in numbers if number.isdigit())
+    if path.exists() and begun:  # what has not begun can still be mended, and tasks be added
         before = _flat(yaml.safe_load(path.read_text()))
         now = _flat(yaml.safe_load(to_yaml(recipe)))
         for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key) and not key.startswith("observers"):
+            free = key.startswith(("observers", "tasks.")) and not key.startswith(begun)
+            if before.get(key) != now.get(key) and not free:
                 raise SandboxError(
                     f"{folder} holds a run of another recipe ({key} is {before.get(key)!r} there, "
                     f"{now.get(key)!r} here): choose another with --out, or empty it with --fresh"

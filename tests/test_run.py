@@ -179,6 +179,17 @@ def test_another_recipe_is_refused_in_the_same_folder(start, copy, override, say
     assert (copy / "recipe.yaml").read_bytes() == before
 
 
+def test_what_has_not_begun_may_change_and_tasks_may_be_added(start, copy, whole):
+    text = RECIPE + "  - {name: evaluate, images: reconstructions, metrics: [METRIC]}\n"
+    with pytest.raises(SandboxError, match="needs a features"):
+        start(copy, text=text.replace("METRIC", "rfid"))
+    results = start(copy, text=text.replace("METRIC", "psnr"))
+    assert results["4-evaluate"]["scores"]["psnr"] > 0
+    assert_same(copy, whole)
+    with pytest.raises(SandboxError, match=r"tasks\.3\.metrics\.0\.name is 'psnr' there"):
+        start(copy, text=text.replace("METRIC", "ssim"))
+
+
 def test_other_observers_may_watch_the_same_run(start, copy):
     start(copy, "observers=[report]")
     assert yaml.safe_load((copy / "recipe.yaml").read_text())["observers"][0]["name"] == "report"
