@@ -30,7 +30,7 @@ class Evaluate:
         """The scores to compute."""
         images: Literal["samples", "reconstructions"] | Path = "samples"
         """What is scored: the run's samples, the tokenizer's reconstructions of the reference, a
-        folder of pictures, or an .npz with `arr_0`."""
+        folder of pictures of one size, an .npz with `arr_0`, or the folder of another run."""
         reference: Literal["train", "validation"] = "validation"
         """The split of the data set that is compared with."""
         num_images: int | None = Field(None, gt=1)
@@ -53,6 +53,7 @@ class Evaluate:
             )
 
     def plan(self, run: sandbox.Run) -> Mapping[str, str]:
+        split_size = run.dataset.size(self.params.reference)
         unweighted = self._reads_features() and not run.has_weights("features")
         if unweighted and run.features.needs_weights:
             raise sandbox.SandboxError(
@@ -63,7 +64,8 @@ class Evaluate:
             "scores": ", ".join(part.name for part in self.params.metrics),
             "features": self._extractor(run),
             "images": str(self.params.images),
-            "reference": f"{self.params.reference} split of {run.settings('dataset')['name']}",
+            "reference": f"{split_size:,} images, the {self.params.reference} split of "
+            f"{run.settings('dataset')['name']}",
         }
 
     def run(self, run: sandbox.Run) -> dict[str, Any]:
@@ -161,6 +163,8 @@ class Evaluate:
 
 def _read(path: Path) -> tuple[np.ndarray, Tensor]:
     """uint8 images `n 3 h w` and labels, -1 where not known."""
+    if (path / ARRAY).exists():
+        path = path / ARRAY
     if path.name == ARRAY:
         if not path.exists():
             raise sandbox.SandboxError(f"{path}: no samples yet; run the task `sample` before")
@@ -169,8 +173,22 @@ def _read(path: Path) -> tuple[np.ndarray, Tensor]:
     if path.suffix == ".npz":
         tensors, labels = read_npz(path)
         return tensors.numpy(), torch.full((len(tensors),), -1) if labels is None else labels
-    names = sorted(p for p in path.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+    names = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
     if not names:
         raise sandbox.SandboxError(f"{path}: no .png or .jpg pictures there, and no .npz")
-    pixels = np.stack([np.asarray(Image.open(p).convert("RGB")).transpose(2, 0, 1) for p in names])
-    return pixels, torch.full((len(pixels),), -1)
+    pictures = [_picture(name) for name in names]
+    for name, picture in zip(names, pictures, strict=True):
+        if picture.shape != pictures[0].shape:
+            raise sandbox.SandboxError(
+                f"{path}: pictures of one set have one size, but {names[0].name} has "
+                f"{pictures[0].shape[1:]} px and {name.name} {picture.shape[1:]} (height, width)"
+            )
+    return np.stack(pictures), torch.full((len(pictures),), -1)
+
+
+def _picture(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise sandbox.SandboxError(f"{path} cannot be read as an image ({error})") from None
