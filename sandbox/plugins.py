@@ -38,9 +38,12 @@ def load_plugins(folders: Sequence[Path] = (), strict: bool = False) -> Registry
             plugin = load()
             manager.register(plugin, name)
             manager.check_pending()  # a misspelled hook is an error, not a no-op
-            for impl in manager.hook.sandbox_register.get_hookimpls():
-                if impl.plugin_name == name:
-                    impl.function(register=partial(_add, registry, name))
+            hooks = manager.hook.sandbox_register.get_hookimpls()
+            found = [impl for impl in hooks if impl.plugin_name == name]
+            if not found and hasattr(plugin, "sandbox_register"):
+                raise TypeError("sandbox_register lacks its decorator, @sandbox.hookimpl")
+            for impl in found:
+                impl.function(register=partial(_add, registry, name))
         except SandboxError:
             raise  # two plugins disagree: no run can be trusted until that is settled
         except Exception as error:

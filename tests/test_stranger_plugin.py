@@ -151,6 +151,11 @@ def test_an_installed_plugin_changes_no_recipe_that_does_not_name_it(tmp_path):
             "unknown hook",
         ),
         (
+            "broken_decorator",
+            a_sampler("undecorated").replace("@sandbox.hookimpl", ""),
+            "lacks its decorator",
+        ),
+        (
             "broken_part",
             a_sampler("half-done").replace("def draw", "def drawn"),
             "lacks draw",
