@@ -101,6 +101,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
     name = arguments.recipe.stem + ("-preview" if preview else "")
     folder = arguments.out or Path("runs") / name
+    if (folder / "recipe.yaml").resolve() == arguments.recipe.resolve() and not (
+        folder / "log.jsonl"
+    ).exists():
+        raise SandboxError(f"--out {folder}: the run would overwrite the recipe; choose another")
     if arguments.fresh and folder.exists() and not (folder / "recipe.yaml").exists():
         raise SandboxError(
             f"--fresh: {folder} is not a run folder; delete it yourself if you mean it"
@@ -179,8 +183,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from sandbox.registry import Registry
 
     registry: Registry = _registry(arguments)
-    if not (arguments.folder / "recipe.yaml").exists():
-        raise SandboxError(f"{arguments.folder} is not a run folder (it has no recipe.yaml)")
+    for folder in (arguments.folder, *arguments.beside):
+        if not (folder / "recipe.yaml").exists():
+            raise SandboxError(f"{folder} is not a run folder (it has no recipe.yaml)")
     report = registry.find(Observer, "report")
     observer = report(report.Params(beside=tuple(arguments.beside)))
     print(observer.write(arguments.folder))

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -73,11 +74,17 @@ def _summary(cls: type) -> str:
 
 
 def _type(annotation: Any) -> str:
-    if get_origin(annotation) is Part:
-        return f"a {get_args(annotation)[0].__name__}"
-    if inspect.isclass(annotation) and not get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("pathlib.", "")
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Part:
+        return str(inner[0].__name__)
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, inner))
+    if origin is not None:
+        words = ("..." if each is Ellipsis else _type(each) for each in inner)
+        return f"{origin.__name__}[{', '.join(words)}]"
+    return "None" if annotation is type(None) else str(getattr(annotation, "__name__", annotation))
 
 
 def _limits(info: FieldInfo) -> str:

@@ -118,6 +118,18 @@ def test_a_missing_data_folder_is_one_line(project):
     assert "no folder nowhere" in one_line(project.sandbox("run", "tiny.yaml", *words), 2)
 
 
+@pytest.mark.filterwarnings("default:image-folder")
+def test_a_skipped_image_stands_in_the_log(project):
+    for name in ("whole", "sound"):
+        Image.new("RGB", (9, 9)).save(project.folder / f"{name}.png")
+    (project.folder / "cut.png").write_bytes((project.folder / "whole.png").read_bytes()[:40])
+    words = ["--set", "dataset={name: image-folder, root: ., image_size: 8, on_corrupt: skip}"]
+    assert project.sandbox("run", "tiny.yaml", *words).status == 0
+    events = (project.folder / "runs" / "tiny" / "log.jsonl").read_text().splitlines()
+    told = [e["text"] for e in map(json.loads, events) if e["event"] == "message"]
+    assert any("skipped ./cut.png, which cannot be read" in text for text in told)
+
+
 def test_a_corrupt_image_is_one_line_that_names_it(project):
     for index in range(8):
         path = project.folder / "pictures" / f"{index}.png"
@@ -162,6 +174,14 @@ def test_parts_that_do_not_go_together_are_one_line(project):
     assert "'warp' is no device" in one_line(project.sandbox("run", "tiny.yaml", *words), 2)
 
 
+def test_what_a_backend_refuses_is_one_line(project):
+    training = "tasks=[{name: train-generator, num_images: 2, batch_size: 2}]"
+    words = ["--set", training, "--set", "generator.backbone.attention=xformers"]
+    words += ["--set", "dataset={name: shapes, image_size: 8, num_classes: 2}"]
+    told = one_line(project.sandbox("run", "sampling.yaml", *words), 2)
+    assert told.startswith("1-train-generator: ") and "CUDA devices only" in told
+
+
 def test_a_gpu_that_is_not_there_is_one_line(project, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = one_line(project.sandbox("run", "tiny.yaml", "--set", "device=cuda"), 2)
@@ -194,6 +214,16 @@ def test_fresh_deletes_a_run_folder_and_nothing_else(project):
     (project.folder / "precious" / "thesis.tex").write_text("")
     told = one_line(project.sandbox("run", "tiny.yaml", "--fresh", "--out", "precious"), 2)
     assert "is not a run folder" in told and (project.folder / "precious/thesis.tex").exists()
+
+
+def test_a_run_does_not_take_the_place_of_its_recipe(project):
+    own = (project.folder / "tiny.yaml").rename(project.folder / "recipe.yaml").read_text()
+    for words in ([], ["--fresh"]):
+        told = one_line(project.sandbox("run", "recipe.yaml", "--out", ".", *words), 2)
+        assert "would overwrite the recipe" in told
+    assert (project.folder / "recipe.yaml").read_text() == own
+    assert project.sandbox("run", "recipe.yaml", "--out", "run").status == 0
+    assert project.sandbox("run", "run/recipe.yaml", "--out", "run").status == 0
 
 
 def test_fresh_leaves_a_folder_alone_that_another_process_holds(project):
@@ -273,6 +303,12 @@ def test_show_tells_types_ranges_defaults_and_meaning(project):
     assert project.sandbox("show", "task/sample").out == outcome.out
     assert "metrics: " in (shown := project.sandbox("show", "evaluate").out)
     assert "[required]" in shown
+    for line in (
+        "metrics: tuple[Metric, ...]  [required]",
+        "images: samples | reconstructions | Path  [default 'samples']",
+        "num_images: int | None (> 1)  [default None]",
+    ):
+        assert f"\n  {line}\n" in shown
 
 
 def test_show_of_an_unknown_name_suggests(project):
@@ -331,6 +367,8 @@ def test_a_plugin_folder_that_is_missing_is_one_line(project):
 def test_the_report_can_be_written_again(project):
     assert "is not a run folder" in one_line(project.sandbox("report", "nowhere"), 2)
     assert project.sandbox("run", "tiny.yaml").status == 0
+    told = one_line(project.sandbox("report", "runs/tiny", "--beside", "nowhere"), 2)
+    assert told.startswith("nowhere is not a run folder")
     outcome = project.sandbox("report", "runs/tiny")
     assert outcome.status == 0 and (project.folder / outcome.out.strip()).stat().st_size > 1000
 
