@@ -53,16 +53,16 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
     """See `VarTokenizer.describe`."""
     facts = {}
     if (conv_in := state.get("autoencoder.encoder.conv_in.weight")) is not None:
-        facts["channels"] = str(conv_in.shape[0])
+        facts["channel count"] = str(conv_in.shape[0])
     levels = {name.split(".")[3] for name in state if name.startswith("autoencoder.encoder.down.")}
     if levels:
-        facts["resolutions"] = str(len(levels))
+        facts["resolution count"] = str(len(levels))
     if (codes := state.get(CODES)) is not None:
-        facts["codes"], facts["code width"] = map(str, codes.shape)
+        facts["code count"], facts["code width"] = map(str, codes.shape)
     if (hits := state.get("hits")) is not None:
-        facts["scales"] = str(len(hits))
+        facts["scale count"] = str(len(hits))
     if codes is not None:
-        facts["phi convolutions"] = str(len({n for n in state if re.match(r"phi\.\d+\.w", n)}))
+        facts["phi convolution count"] = str(len({n for n in state if re.match(r"phi\.\d+\.w", n)}))
     return facts
 
 

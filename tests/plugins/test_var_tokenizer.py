@@ -271,12 +271,12 @@ def test_a_state_dict_is_described_in_plain_words():
     cnn = CNN.Params(ch=32, ch_mult=(1, 1), num_res_blocks=1, code_dim=4)
     tokenizer = build((1, 2, 3), cnn, phi="shared")
     assert tokenizer.describe(tokenizer.state_dict()) == {
-        "channels": "32",
-        "resolutions": "2",
-        "codes": "16",
+        "channel count": "32",
+        "resolution count": "2",
+        "code count": "16",
         "code width": "4",
-        "scales": "3",
-        "phi convolutions": "1",
+        "scale count": "3",
+        "phi convolution count": "1",
     }
     assert tokenizer.describe({}) == {}
 
