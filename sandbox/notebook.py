@@ -17,12 +17,12 @@ PUBLISHED_NAME: dict[Role, str] = {"tokenizer": "vae", "generator": "var"}
 def load(
     source: Path | str,
     *overrides: str,
-    plugins: Sequence[Path] = (),
+    plugins: Sequence[Path | str] = (),
     device: str | None = None,
 ) -> LiveRun:
     """The parts of a run folder (with what it trained) or of a recipe file.
 
-    `overrides` are as after `--set`; `device` stands for the recipe's where it is given. Nothing is
+    `overrides` are as after `--set`, `plugins` as after `--plugins`; `device` stands for the recipe's where it is given. Nothing is
     written and no task is run. The result's `dataset`, `tokenizer`, `generator` and `features` are
     built, with their weights, on first use; a recipe's weights are those it names, no run's.
     """
@@ -32,7 +32,7 @@ def load(
     else:
         folder = path.with_suffix(".run")  # nothing was trained yet
     overrides = (*overrides, *([f"device={device}"] if device else []))
-    recipe = load_recipe(path, overrides, load_plugins(plugins))
+    recipe = load_recipe(path, overrides, load_plugins([Path(each) for each in plugins]))
     return LiveRun(recipe, folder)
 
 

@@ -6,6 +6,7 @@ import torch
 import sandbox
 from sandbox.recipe import load_recipe
 from sandbox.run import execute
+from sandbox.scaffold import write_plugin
 from sandbox.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +49,15 @@ def test_a_run_folder_gives_its_trained_parts(run, folder):
         kept, _ = sandbox.read_tensors(folder / "weights" / f"{role}.safetensors")
         assert run.has_weights(role) and not module.training
         assert all(torch.equal(kept[name], t) for name, t in module.state_dict().items())
+
+
+def test_a_folder_of_plugins_may_be_given_as_text(folder, tmp_path):
+    write_plugin(tmp_path, "notebook_sampler", "sampler")
+    words = ["generator.sampler=notebook-sampler", "device=cpu"]
+    run = sandbox.load(folder, *words, plugins=[str(tmp_path)])
+    assert run.settings("generator")["sampler"]["name"] == "notebook-sampler"
+    with pytest.raises(sandbox.SandboxError, match="no such folder"):
+        sandbox.load(folder, plugins=["nowhere"])
 
 
 def test_images_are_generated_from_labels_and_a_seed(run):
