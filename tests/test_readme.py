@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sandbox.cli import _parser, main
 
 ROOT = Path(__file__).parent.parent
