@@ -174,6 +174,19 @@ def test_parts_that_do_not_go_together_are_one_line(project):
     assert "'warp' is no device" in one_line(project.sandbox("run", "tiny.yaml", *words), 2)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_plan_tells_of_a_tokenizer_that_was_never_trained(project, trained):
+    task = "{name: train-generator, num_images: 2, batch_size: 2, strips: false}"
+    words = ["--set", f"tasks=[{task}]", "--set", "observers=[console]"]
+    words += ["--set", "dataset={name: shapes, image_size: 8, num_images: 2, num_classes: 2}"]
+    if trained:
+        assert project.sandbox("run", "tiny.yaml").status == 0
+        words += ["--set", "weights.tokenizer=runs/tiny"]
+    outcome = project.sandbox("run", "sampling.yaml", *words)
+    assert outcome.status == 0, outcome.err
+    assert ("never trained" in outcome.out) != trained
+
+
 def test_what_a_backend_refuses_is_one_line(project):
     training = "tasks=[{name: train-generator, num_images: 2, batch_size: 2}]"
     words = ["--set", training, "--set", "generator.backbone.attention=xformers"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 import sandbox
 
@@ -44,7 +44,10 @@ class TrainGenerator:
             return made.loss(examples.expand(num_images, *examples.shape[1:]), labels).total
 
         rows = training_plan(run, self.params, made.network, loss)
-        return rows | {"tokens": "cached on disk" if self.params.cache else "encoded every step"}
+        tokens = "cached on disk" if self.params.cache else "encoded every step"
+        if _has_untrained_tokenizer(run):
+            tokens += ", of a tokenizer that was never trained"
+        return rows | {"tokens": tokens}
 
     def run(self, run: sandbox.Run) -> dict[str, Any]:
         made, params = run.generator, self.params
@@ -95,8 +98,14 @@ class TrainGenerator:
         return cached(run, split, self.params.batch_size, passes, limit)
 
 
+def _has_untrained_tokenizer(run: sandbox.Run) -> bool:
+    tokenizer = run.tokenizer if run.settings("tokenizer") else None
+    learns = isinstance(tokenizer, nn.Module) and any(True for _ in tokenizer.parameters())
+    return learns and not run.has_weights("tokenizer")
+
+
 def coarse_to_fine(run: sandbox.Run, num_images: int) -> Path | None:
-    """A picture of samples after every step, one column an image; None for too many steps."""
+    """A picture of samples after every step (14 at most); None of a generator without steps."""
     labels = torch.arange(num_images, device=run.device) % run.num_classes
     rows: list[Tensor] = []
     run.generator.generate(labels, run.rng("strip"), lambda step, images: rows.append(images.cpu()))
