@@ -22,9 +22,10 @@ def load(
 ) -> LiveRun:
     """The parts of a run folder (with what it trained) or of a recipe file.
 
-    `overrides` are as after `--set`, `plugins` as after `--plugins`; `device` stands for the recipe's where it is given. Nothing is
-    written and no task is run. The result's `dataset`, `tokenizer`, `generator` and `features` are
-    built, with their weights, on first use; a recipe's weights are those it names, no run's.
+    `overrides` are as after `--set` and `plugins` as after `--plugins`; `device` stands for the
+    recipe's where it is given. Nothing is written and no task is run. The result's `dataset`,
+    `tokenizer`, `generator` and `features` are built, with their weights, on first use; a recipe's
+    weights are those it names, no run's.
     """
     path = Path(source)
     if path.is_dir():
