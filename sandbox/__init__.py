@@ -39,6 +39,7 @@ _HOME = {
     "loading": ["stream", "sweep"],
     "notebook": ["export", "load"],
     "parts": ["Params", "Part"],
+    "pictures": ["to_rgb"],
     "provenance": ["device_name", "memory_bytes"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],

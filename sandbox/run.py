@@ -116,6 +116,8 @@ def execute(
     Raises SandboxError for a folder that cannot be used or holds another recipe's run, RunError for
     a failure on the way; all that was done stays in the folder.
     """
+    if not recipe.tasks:
+        raise SandboxError(f"the recipe {name!r} names no tasks: add `tasks:` to it")
     with _claimed(folder):
         if fresh:
             _empty(folder)

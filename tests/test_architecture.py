@@ -18,7 +18,7 @@ TESTKIT = sorted((ROOT / "sandbox" / "testing").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeds", "layout"},
+    {"errors", "seeds", "layout", "pictures"},
     {"values", "parts", "hooks"},
     {"interfaces", "registry"},
     {"checkpoint", "loading", "sampling", "plugins", "task", "provenance", "describe"},

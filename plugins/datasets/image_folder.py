@@ -112,7 +112,7 @@ class ImageFolder:
             path = files.paths[i]
             try:
                 with Image.open(path) as image:
-                    pixels = _cropped(image.convert("RGB"), self.image_size, place)
+                    pixels = _cropped(sandbox.to_rgb(image), self.image_size, place)
             except _DAMAGE as error:
                 if self._params.on_corrupt == "fail":
                     raise sandbox.RunError(

@@ -54,6 +54,13 @@ class Evaluate:
 
     def plan(self, run: sandbox.Run) -> Mapping[str, str]:
         split_size = run.dataset.size(self.params.reference)
+        if self.params.images == "reconstructions" and not run.has_weights("tokenizer"):
+            tokenizer = run.tokenizer
+            if isinstance(tokenizer, torch.nn.Module) and any(True for _ in tokenizer.parameters()):
+                raise sandbox.SandboxError(
+                    f"{run.label}: the tokenizer has no trained weights: run train-tokenizer "
+                    "before, or set weights.tokenizer"
+                )
         unweighted = self._reads_features() and not run.has_weights("features")
         if unweighted and run.features.needs_weights:
             raise sandbox.SandboxError(
@@ -189,6 +196,6 @@ def _read(path: Path) -> tuple[np.ndarray, Tensor]:
 def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            return np.asarray(sandbox.to_rgb(image)).transpose(2, 0, 1)
     except (OSError, SyntaxError, ValueError) as error:
         raise sandbox.SandboxError(f"{path} cannot be read as an image ({error})") from None

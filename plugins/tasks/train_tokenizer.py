@@ -93,7 +93,8 @@ class TrainTokenizer:
         made = tokenizer.reconstruct(images)
         parts = {"quantizer": made.loss}
         for part, loss in zip(self.params.losses, self.losses, strict=True):
-            parts[part.name] = loss.loss(made.images.float(), images)
+            value = loss.loss(made.images.float(), images)
+            parts[part.name] = parts[part.name] + value if part.name in parts else value
         detached = {f"loss/{name}": value.detach() for name, value in parts.items()}
         return sandbox.Losses(torch.stack(list(parts.values())).sum(), detached)
 
