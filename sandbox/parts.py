@@ -57,7 +57,7 @@ class Part(Generic[T]):
 
     def build(self, *handed: Any) -> T:
         """Build it, with what the caller hands over and a recipe cannot know."""
-        return self.cls(self.params, *handed)  # type: ignore[call-arg]  # see interfaces.py
+        return self.cls(self.params, *handed)  # type: ignore[call-arg]  # see interfaces.py: what is handed over differs by interface
 
     def to_dict(self) -> dict[str, Any]:
         """The part as a recipe would state it, defaults included."""

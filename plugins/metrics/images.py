@@ -1,5 +1,6 @@
 """Scores that are taken image by image and averaged: PSNR, SSIM, whether the class is right."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +15,7 @@ import sandbox
 from sandbox import Evidence
 
 
-class _PerImage:
+class _PerImage(ABC):
     """The mean, in float64, of a score that is taken image by image."""
 
     paired = True
@@ -26,10 +27,11 @@ class _PerImage:
         self._count = 0
         self._sum: Tensor | None = None
 
+    @abstractmethod
     def per_image(
         self, real: Float[Tensor, "b 3 h w"], fake: Float[Tensor, "b 3 h w"]
     ) -> Float[Tensor, " b"]:
-        raise NotImplementedError
+        """The score of every pair, images in [0, 1]."""
 
     def update(self, real: Evidence | None, fake: Evidence | None) -> None:
         """Raises ValueError unless both sides are there and of one shape."""

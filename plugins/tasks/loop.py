@@ -24,6 +24,7 @@ State = dict[str, Any]
 class Fit:
     """What a task hands to the loop.
 
+    The order of the data set's images derives from the run's seed and the name `order`.
     `loss(batch)` gives the losses of a batch that is on the device; `after_step(optimizer,
     progress, done)` cares for what is no gradient's business and returns scalars; `validate()`
     returns scalars, of which `score` (lower is better) picks the best weights.
@@ -32,7 +33,8 @@ class Fit:
     run: sandbox.Run
     settings: Training
     network: nn.Module
-    batches: Callable[[int], Iterator[sandbox.Batch]]
+    dataset: sandbox.Dataset
+    order: str
     loss: Callable[[sandbox.Batch], sandbox.Losses]
     validate: Callable[[], Mapping[str, float]]
     score: str
@@ -57,7 +59,7 @@ def train(fit: Fit) -> dict[str, Any]:
         run.say(f"going on from {done:,} images")
     else:  # dropout depends on the task, not on what was built or drawn before it
         torch.manual_seed(sandbox.derive_seed(run.seed, run.label))
-    batches, watch = fit.batches(done), _Watch(run, settings, done)
+    batches, watch = _batches(fit, done), _Watch(run, settings, done)
     if state is not None:
         watch.sums, watch.counts = state["sums"], state["counts"]
     scores: dict[str, float] = dict(state["scores"]) if state else {}
@@ -84,6 +86,17 @@ def train(fit: Fit) -> dict[str, Any]:
             checkpoints.save(done, state | {"sums": watch.sums, "counts": watch.counts})
     _finish(fit, average)
     return {"images_seen": done, "validation": scores}
+
+
+def _batches(fit: Fit, start: int) -> Iterator[sandbox.Batch]:
+    return sandbox.stream(
+        fit.dataset,
+        "train",
+        fit.settings.batch_size,
+        seed=sandbox.derive_seed(fit.run.seed, fit.order),
+        start=start,
+        num_workers=fit.settings.num_workers,
+    )
 
 
 def _step(

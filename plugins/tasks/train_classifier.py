@@ -1,6 +1,6 @@
 """Train the feature extractor's network to tell the data set's classes apart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,22 +45,13 @@ class TrainClassifier:
     def run(self, run: sandbox.Run) -> dict[str, Any]:
         params = self.params
 
-        def batches(start: int) -> Iterator[sandbox.Batch]:
-            return sandbox.stream(
-                run.dataset,
-                "train",
-                params.batch_size,
-                seed=sandbox.derive_seed(run.seed, "classifier"),
-                start=start,
-                num_workers=params.num_workers,
-            )
-
         result = train(
             Fit(
                 run,
                 params,
                 run.features.network,
-                batches,
+                run.dataset,
+                "classifier",
                 lambda batch: self._loss(run, batch),
                 lambda: self._validate(run),
                 "error",

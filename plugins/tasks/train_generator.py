@@ -1,6 +1,6 @@
 """Train a generator on what its tokenizer, or nothing, makes of the data set."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,6 @@ class TrainGenerator:
         made, params = run.generator, self.params
         sources = {split: self._source(run, split) for split in ("train", "validation")}
 
-        def batches(start: int) -> Iterator[sandbox.Batch]:
-            return sandbox.stream(
-                sources["train"],
-                "train",
-                params.batch_size,
-                seed=sandbox.derive_seed(run.seed, "generator"),
-                start=start,
-                num_workers=params.num_workers,
-            )
-
         def loss(batch: sandbox.Batch) -> sandbox.Losses:
             prepared = batch.images if params.cache else made.prepare(batch.images)
             return made.loss(prepared, batch.labels)
@@ -84,7 +74,9 @@ class TrainGenerator:
                 count += len(batch.labels)
             return {name: value / count for name, value in sums.items()}
 
-        result = train(Fit(run, params, made.network, batches, loss, validate, "loss"))
+        result = train(
+            Fit(run, params, made.network, sources["train"], "generator", loss, validate, "loss")
+        )
         run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])
         if params.strips:
             coarse_to_fine(run, num_images=8)

@@ -52,16 +52,6 @@ class TrainTokenizer:
         tokenizer, params = _trainable(run), self.params
         codebook: list[dict[str, float]] = []
 
-        def batches(start: int) -> Any:
-            return sandbox.stream(
-                run.dataset,
-                "train",
-                params.batch_size,
-                seed=sandbox.derive_seed(run.seed, "tokenizer"),
-                start=start,
-                num_workers=params.num_workers,
-            )
-
         def after_step(optimizer: Any, progress: float, done: int) -> Mapping[str, Any]:
             return tokenizer.after_step(optimizer, progress, run.rng("codebook", done))
 
@@ -74,7 +64,8 @@ class TrainTokenizer:
                 run,
                 params,
                 tokenizer,
-                batches,
+                run.dataset,
+                "tokenizer",
                 lambda batch: self._losses(tokenizer, batch.images),
                 validate,
                 "l2",

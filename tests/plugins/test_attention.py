@@ -1,5 +1,5 @@
 import dataclasses
-import runpy
+import importlib.util
 import sys
 
 import pytest
@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import AttentionRequest, Mask
-from sandbox_plugins import attention
 from sandbox_plugins.attention import (
     AutoAttention,
     FlexAttention,
     MathAttention,
     SdpaAttention,
     XformersAttention,
+    kernels,
 )
 
 # Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
@@ -155,8 +155,12 @@ def test_flex_on_cuda_and_forward_passes_of_flex_on_a_cpu_are_honoured():
 def test_xformers_is_not_imported_before_it_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers", None)  # importing it is now an ImportError
     q, k, _ = queries_keys_values(0, 1, 1, 4, 4, 8, needs_grad=False)
-    fresh = runpy.run_path(attention.__file__)
-    assert "CUDA" in build(fresh["XformersAttention"]).refusal(request_of(q, k, Mask()))
+    place = importlib.util.spec_from_file_location(
+        "sandbox_plugins.attention.anew", kernels.__file__
+    )
+    fresh = importlib.util.module_from_spec(place)
+    place.loader.exec_module(fresh)
+    assert "CUDA" in build(fresh.XformersAttention).refusal(request_of(q, k, Mask()))
 
 
 def test_a_mask_first_met_in_inference_mode_can_be_trained_with_later():

@@ -1,0 +1,32 @@
+"""Attention backends: several ways to compute `softmax(scale q k^T) v` under a mask.
+
+The one idea to hold: a backend is handed a *description* of the mask and either honours it or
+refuses the call with the reason.
+"""
+
+from typing import Any
+
+import sandbox
+
+from .kernels import FlexAttention, XformersAttention
+from .plain import AutoAttention, MathAttention, SdpaAttention
+
+__all__ = [
+    "AutoAttention",
+    "FlexAttention",
+    "MathAttention",
+    "SdpaAttention",
+    "XformersAttention",
+]
+
+
+@sandbox.hookimpl
+def sandbox_register(register: Any) -> None:
+    for name, cls in {
+        "auto": AutoAttention,
+        "math": MathAttention,
+        "sdpa": SdpaAttention,
+        "xformers": XformersAttention,
+        "flex": FlexAttention,
+    }.items():
+        register(sandbox.AttentionBackend, name, cls)

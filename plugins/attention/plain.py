@@ -1,0 +1,163 @@
+"""The backends that PyTorch alone provides, and what all backends share.
+
+`math` is the plain formula that all others are held to.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+import sandbox
+from sandbox import AttentionRequest, Mask
+
+
+class Attention(ABC):
+    """What all backends share: the request is described, checked, then computed."""
+
+    class Params(sandbox.Params):
+        """Nothing to set."""
+
+    def __init__(self, params: sandbox.Params) -> None:
+        self.params = params
+
+    def refusal(self, request: AttentionRequest) -> str | None:
+        return _ill_formed(request) or self.limit(request)
+
+    def attend(
+        self,
+        q: Float[Tensor, "b heads n e"],
+        k: Float[Tensor, "b heads p e"],
+        v: Float[Tensor, "b heads p e"],
+        mask: Mask,
+        scale: float,
+    ) -> Float[Tensor, "b heads n e"]:
+        if reason := self.refusal(_request(q, k, v, mask)):
+            raise ValueError(f"{type(self).__name__} cannot honour this call: {reason}")
+        return self.compute(q, k, v, mask, scale)
+
+    @abstractmethod
+    def limit(self, request: AttentionRequest) -> str | None:
+        """Why this backend cannot honour a well-formed request."""
+
+    @abstractmethod
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        """The attention itself, of a request that was not refused."""
+
+
+class MathAttention(Attention):
+    """The formula as it is written, in at least float32. Honours everything; the slowest."""
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        return None
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        exact = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = scale * torch.einsum("bhne,bhpe->bhnp", q.to(exact), k.to(exact))
+            if (allowed := _allowed(mask, q.device)) is not None:
+                scores = scores.masked_fill(~allowed, -torch.inf)
+            out = torch.einsum("bhnp,bhpe->bhne", scores.softmax(dim=-1), v.to(exact))
+        return out.to(v.dtype)
+
+
+class SdpaAttention(Attention):
+    """`torch.nn.functional.scaled_dot_product_attention`, which picks a fused kernel if it has one.
+
+    Honours everything: where no fused kernel fits, PyTorch computes the plain formula.
+    """
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        return None
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        if mask.kind == "causal":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        allowed = _allowed(mask, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+
+
+class AutoAttention(Attention):
+    """The first of `sdpa`, `math` that does not refuse: fixed, not measured, so runs repeat.
+
+    `sdpa` refuses nothing, so it is what `auto` means today. It was also the fastest on an H200 in
+    bfloat16, forward and backward, under the published masks of 680 and of 2240 tokens.
+    """
+
+    def __init__(self, params: sandbox.Params) -> None:
+        super().__init__(params)
+        self.backends = [cls(cls.Params()) for cls in (SdpaAttention, MathAttention)]
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        return None if self._chosen(request) else "neither sdpa nor math can"
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        backend = self._chosen(_request(q, k, v, mask))
+        assert backend is not None, "compute() follows a refusal of None"
+        return backend.compute(q, k, v, mask, scale)
+
+    def _chosen(self, request: AttentionRequest) -> Attention | None:
+        willing = (backend for backend in self.backends if backend.limit(request) is None)
+        return next(willing, None)
+
+
+def _request(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> AttentionRequest:
+    return AttentionRequest(
+        device=str(q.device),
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        num_queries=q.shape[-2],
+        num_keys=k.shape[-2],
+        mask=mask,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
+    )
+
+
+def _ill_formed(request: AttentionRequest) -> str | None:
+    """What is wrong with a request whoever computes it."""
+    n, p, mask = request.num_queries, request.num_keys, request.mask
+    if not request.dtype.is_floating_point:
+        return f"attention needs floating-point numbers, got {request.dtype}"
+    if mask.dense is None:
+        if mask.step_lens is not None and not sum(mask.step_lens) == n == p:
+            described = sum(mask.step_lens)
+            return f"the mask's steps have {described} tokens, but there are {n} queries, {p} keys"
+        return None
+    if mask.dense.dtype != torch.bool or mask.dense.shape != (n, p):
+        shape = tuple(mask.dense.shape)
+        return f"a dense mask must be booleans {(n, p)}, got {mask.dense.dtype} {shape}"
+    if not bool(mask.dense.any(dim=1).all()):
+        return "a query of the dense mask may look at no key, so its output is undefined"
+    return None
+
+
+def _allowed(mask: Mask, device: torch.device) -> Bool[Tensor, "n p"] | None:
+    if mask.dense is not None:
+        return mask.dense.to(device)
+    return None if mask.step_lens is None else _step_pattern(mask.step_lens, device)
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make what depends on a description only once: every layer of a model asks for the same.
+
+    Outside inference mode, since autograd may not save a tensor that was made inside; and as a
+    constant under torch.compile, which would otherwise trace how it is made, in every layer.
+    """
+    made = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
+
+    @torch.compiler.assume_constant_result
+    @wraps(make)
+    def remembered(*description: Any) -> Any:
+        return made(*description)
+
+    return remembered
+
+
+@kept
+def _step_pattern(step_lens: tuple[int, ...], device: torch.device) -> Bool[Tensor, "n p"] | None:
+    return Mask(step_lens).to_tensor(device)
