@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "distributed": ["all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
     "errors": ["RunError", "SandboxError"],
     "hooks": ["Register", "hookimpl"],
     "interfaces": [
@@ -17,15 +18,14 @@ _HOME = {
         "Dataset",
         "FeatureExtractor",
         "Generator",
-        "ImageLoss",
         "Metric",
-        "Objective",
         "Observer",
         "Sampler",
         "ScaleSchedule",
         "Tokenizer",
         "TrainableTokenizer",
     ],
+    "judges": ["Adversary", "ImageLoss", "Objective"],
     "layout": ["Layout", "Mask", "Step"],
     "checkpoint": [
         "Checkpoints",
@@ -40,6 +40,7 @@ _HOME = {
     "notebook": ["export", "load"],
     "parts": ["Params", "Part"],
     "pictures": ["to_rgb"],
+    "precision": ["exact_float32"],
     "provenance": ["device_name", "memory_bytes"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
@@ -56,6 +57,7 @@ _HOME = {
         "Tokens",
         "Watch",
     ],
+    "weights": ["load_weights"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = sorted(_MODULE_OF)

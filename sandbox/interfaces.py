@@ -7,8 +7,8 @@ Values: images lie in [-1, 1]; ids in [0, v); labels in [0, num_classes], the la
 where `params` is its own nested `Params`; what is handed over stands in each docstring.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -48,10 +48,16 @@ class Autoencoder(Protocol):
 
 @runtime_checkable
 class Codebook(Protocol):
-    """Vectors to ids and back; an `nn.Module` in float32. Built as `Class(params, code_dim)`."""
+    """Vectors to ids and back; an `nn.Module` in float32. Built as `Class(params, code_dim)`.
+
+    It may also have `penalty(vectors) -> Float[""]`, a loss of its own over one training batch's
+    vectors (one `n c` a group, with gradients to the encoder), as entropy regularisation is.
+    `lookup` says what "nearest" means: `euclidean`, or `cosine` for directions alone.
+    """
 
     vocab_size: int
     code_dim: int
+    lookup: Literal["euclidean", "cosine"]
 
     def nearest(self, vectors: Float[Tensor, "n c"]) -> Int[Tensor, " n"]: ...
 
@@ -111,8 +117,11 @@ class Tokenizer(Protocol):
 class TrainableTokenizer(Tokenizer, Protocol):
     """A tokenizer (an `nn.Module`) that the task `train-tokenizer` can fit."""
 
+    def initialise(self, batches: Iterable[Float[Tensor, "b 3 h w"]]) -> None:
+        """Place the codes by the first training images; called once, before the first step."""
+
     def reconstruct(self, images: Float[Tensor, "b 3 h w"]) -> Reconstruction:
-        """Encode, quantize, decode with gradients. The first training batch may initialise."""
+        """Encode, quantize, decode with gradients."""
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
@@ -176,25 +185,6 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
-class Objective(Protocol):
-    """How wrong predicted logits are. Built as `Class(params)`."""
-
-    def losses(
-        self, logits: Float[Tensor, "b l v"], ids: Int[Tensor, "b l"], layout: Layout
-    ) -> Float[Tensor, "b l"]:
-        """The loss of every token; their mean is what training minimises."""
-
-
-@runtime_checkable
-class ImageLoss(Protocol):
-    """How far a reconstruction is from its image. Built as `Class(params)`."""
-
-    def loss(
-        self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"]
-    ) -> Float[Tensor, ""]: ...
-
-
-@runtime_checkable
 class Generator(Protocol):
     """What is trained and sampled from. Built as `Class(params, subject)`."""
 
@@ -214,7 +204,11 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Labelled images, at random access. Built as `Class(params)`."""
+    """Labelled images, at random access. Built as `Class(params)`.
+
+    One that holds its images in memory may also have `to(device) -> Dataset`: the same, with images
+    on that device. Indices and `rng` stay on the CPU, so the batches are the same, bit for bit.
+    """
 
     num_classes: int
     class_names: Sequence[str]

@@ -18,9 +18,9 @@ TESTKIT = sorted((ROOT / "sandbox" / "testing").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeds", "layout", "pictures"},
+    {"errors", "seeds", "layout", "pictures", "distributed", "precision"},
     {"values", "parts", "hooks"},
-    {"interfaces", "registry"},
+    {"interfaces", "judges", "registry"},
     {"checkpoint", "loading", "sampling", "plugins", "task", "provenance", "describe"},
     {"recipe", "weights"},
     {"assembly"},

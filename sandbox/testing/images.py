@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sandbox.errors import SandboxError
 from sandbox.hooks import ObserverHooks
-from sandbox.interfaces import Dataset, FeatureExtractor, ImageLoss, Metric, Observer
+from sandbox.interfaces import Dataset, FeatureExtractor, Metric, Observer
+from sandbox.judges import ImageLoss
 from sandbox.task import Run, Task
 from sandbox.testing.claims import (
     agree,

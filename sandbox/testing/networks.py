@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sandbox.interfaces import AttentionBackend, Backbone, Generator, Objective, Sampler
+from sandbox.interfaces import AttentionBackend, Backbone, Generator, Sampler
+from sandbox.judges import Objective
 from sandbox.layout import Layout, Mask
 from sandbox.testing.claims import (
     agree,
