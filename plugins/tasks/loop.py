@@ -6,7 +6,7 @@ with the same weights as one that was not.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ class Fit:
     """What a task hands to the loop.
 
     The order of the data set's images derives from the run's seed and the name `order`.
-    `loss(batch)` gives the losses of a batch that is on the device; `after_step(optimizer,
-    progress, done)` cares for what is no gradient's business and returns scalars; `validate()`
-    returns scalars, of which `score` (lower is better) picks the best weights.
+    `loss(batch, progress)` gives the losses of a batch that is on the device;
+    `after_step(optimizer, progress, done)` cares for what is no gradient's business and returns
+    scalars; `validate()` returns scalars, of which `score` (lower is better) picks the best
+    weights. `begin()` is called once, before the first step of a training and never on going on
+    with one; `keep` are objects with `state_dict()` and `load_state_dict()` that checkpoints hold
+    besides the network.
     """
 
     run: sandbox.Run
@@ -35,10 +38,12 @@ class Fit:
     network: nn.Module
     dataset: sandbox.Dataset
     order: str
-    loss: Callable[[sandbox.Batch], sandbox.Losses]
+    loss: Callable[[sandbox.Batch, float], sandbox.Losses]
     validate: Callable[[], Mapping[str, float]]
     score: str
     after_step: Callable[[AdamW, float, int], Mapping[str, float | Tensor]] | None = None
+    begin: Callable[[], None] | None = None
+    keep: Mapping[str, Any] = field(default_factory=dict)
 
 
 def train(fit: Fit) -> dict[str, Any]:
@@ -48,17 +53,20 @@ def train(fit: Fit) -> dict[str, Any]:
     once the task's result is kept. Raises RunError where the loss stops being finite.
     """
     run, settings, network = fit.run, fit.settings, fit.network
+    checkpoints = sandbox.Checkpoints(run.task_folder / "checkpoints")
+    if (state := checkpoints.newest()) is None:
+        # dropout depends on the task, not on what was built or drawn before it
+        torch.manual_seed(sandbox.derive_seed(run.seed, run.label))
+        if fit.begin is not None:
+            fit.begin()
     optimizer = AdamW(_groups(network), lr=settings.learning_rate, betas=settings.betas)
     average = _weights(network) if settings.ema else None
-    checkpoints = sandbox.Checkpoints(run.task_folder / "checkpoints")
     total = -(-settings.num_images // settings.batch_size) * settings.batch_size
     done, best = 0, None
-    if (state := checkpoints.newest()) is not None:
-        done, best = _resume(state, network, optimizer, average)
+    if state is not None:
+        done, best = _resume(fit, state, optimizer, average)
         run.rewind(done)
         run.say(f"going on from {done:,} images")
-    else:  # dropout depends on the task, not on what was built or drawn before it
-        torch.manual_seed(sandbox.derive_seed(run.seed, run.label))
     batches, watch = _batches(fit, done), _Watch(run, settings, done)
     if state is not None:
         watch.sums, watch.counts = state["sums"], state["counts"]
@@ -82,7 +90,7 @@ def train(fit: Fit) -> dict[str, Any]:
                     sandbox.write_tensors(run.task_folder / "best.safetensors", kept)
         if done == total or _due(done, _checkpoint_every(settings, total), settings.batch_size):
             watch.check(done)
-            state = _state(done, best, scores, network, optimizer, average)
+            state = _state(fit, done, best, scores, optimizer, average)
             checkpoints.save(done, state | {"sums": watch.sums, "counts": watch.counts})
     _finish(fit, average)
     return {"images_seen": done, "validation": scores}
@@ -111,7 +119,7 @@ def _step(
     for part in _cut(batch, settings.accumulate):
         on_device = sandbox.Batch(part.images.to(device), part.labels.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            losses = fit.loss(on_device)
+            losses = fit.loss(on_device, progress)
         share = len(part.labels) / len(batch.labels)
         (losses.total * share).backward()
         for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
@@ -229,10 +237,10 @@ def _mix(average: dict[str, Tensor], network: nn.Module, decay: float, steps: in
 
 
 def _state(
+    fit: Fit,
     done: int,
     best: float | None,
     scores: Mapping[str, float],
-    network: nn.Module,
     optimizer: AdamW,
     average: dict[str, Tensor] | None,
 ) -> State:
@@ -240,7 +248,8 @@ def _state(
         "done": done,
         "best": best,
         "scores": dict(scores),
-        "network": dict(network.state_dict()),
+        "network": dict(fit.network.state_dict()),
+        "keep": {name: kept.state_dict() for name, kept in fit.keep.items()},
         "optimizer": optimizer.state_dict(),
         "average": average,
         "random": sandbox.random_states(),
@@ -248,9 +257,11 @@ def _state(
 
 
 def _resume(
-    state: State, network: nn.Module, optimizer: AdamW, average: dict[str, Tensor] | None
+    fit: Fit, state: State, optimizer: AdamW, average: dict[str, Tensor] | None
 ) -> tuple[int, float | None]:
-    network.load_state_dict(state["network"])
+    fit.network.load_state_dict(state["network"])
+    for name, kept in fit.keep.items():
+        kept.load_state_dict(state["keep"][name])
     optimizer.load_state_dict(state["optimizer"])
     if average is not None:
         for name, tensor in state["average"].items():

@@ -52,7 +52,7 @@ class TrainClassifier:
                 run.features.network,
                 run.dataset,
                 "classifier",
-                lambda batch: self._loss(run, batch),
+                lambda batch, progress: self._loss(run, batch),
                 lambda: self._validate(run),
                 "error",
             )

@@ -53,7 +53,7 @@ class TrainGenerator:
         made, params = run.generator, self.params
         sources = {split: self._source(run, split) for split in ("train", "validation")}
 
-        def loss(batch: sandbox.Batch) -> sandbox.Losses:
+        def loss(batch: sandbox.Batch, progress: float = 0.0) -> sandbox.Losses:
             prepared = batch.images if params.cache else made.prepare(batch.images)
             return made.loss(prepared, batch.labels)
 

@@ -66,7 +66,7 @@ class TrainTokenizer:
                 tokenizer,
                 run.dataset,
                 "tokenizer",
-                lambda batch: self._losses(tokenizer, batch.images),
+                lambda batch, progress: self._losses(tokenizer, batch.images),
                 validate,
                 "l2",
                 after_step,
