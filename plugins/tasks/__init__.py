@@ -1,12 +1,15 @@
-"""The tasks of a run: train a tokenizer, a classifier, a generator; sample; evaluate."""
+"""The tasks of a run: train a tokenizer, a classifier, a generator; inspect, sample, evaluate."""
 
 import sandbox
 
 from .evaluate import Evaluate
+from .inspect_tokenizer import InspectTokenizer
+from .near_copies import NearCopies
 from .sample import Sample
 from .train_classifier import TrainClassifier
 from .train_generator import TrainGenerator
 from .train_tokenizer import TrainTokenizer
+from .tune_sampler import TuneSampler
 
 
 @sandbox.hookimpl
@@ -14,5 +17,8 @@ def sandbox_register(register: sandbox.Register) -> None:
     register(sandbox.Task, "train-tokenizer", TrainTokenizer)
     register(sandbox.Task, "train-classifier", TrainClassifier)
     register(sandbox.Task, "train-generator", TrainGenerator)
+    register(sandbox.Task, "inspect-tokenizer", InspectTokenizer)
     register(sandbox.Task, "sample", Sample)
+    register(sandbox.Task, "tune-sampler", TuneSampler)
     register(sandbox.Task, "evaluate", Evaluate)
+    register(sandbox.Task, "near-copies", NearCopies)

@@ -58,6 +58,10 @@ class CodebookUsage:
             "perplexity": entropy.exp().tolist(),
         }
 
+    def dead_codes(self) -> int:
+        """How many codes were drawn at no level."""
+        return int((self._counts.sum(dim=0) == 0).sum())
+
 
 def usage_rows(layout: Layout, usage: CodebookUsage) -> list[dict[str, float]]:
     """What `usage` counted as one row a level, for results and reports; scales count from 1."""
@@ -71,6 +75,7 @@ def usage_rows(layout: Layout, usage: CodebookUsage) -> list[dict[str, float]]:
                 "used": int(found["used_codes"][level]),
                 "usage": round(found["usage"][level], 4),
                 "perplexity": round(found["perplexity"][level], 2),
+                "entropy": round(found["entropy_nats"][level], 3),
             }
         )
     return rows
