@@ -4,7 +4,8 @@ Same slots as the multi-scale tokenizer, so that a comparison changes the schedu
 and nothing else. A step's context is the code of the step before it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -55,12 +56,11 @@ class RasterTokenizer(nn.Module):
         height, width = (cells * self.autoencoder.downsample for cells in self.layout.size)
         self.image_size = (height, width)
         self.order: Tensor
-        self.seeded: Tensor
         order = torch.tensor([step.cells[0] for step in self.layout.steps])
         self.register_buffer("order", order, persistent=False)
-        self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
-        self._surely_seeded = False  # spares reading the buffer, which would wait for the device
-        self.register_load_state_dict_post_hook(_look_again)
+        self._encode: Callable[..., Tensor] = self.autoencoder.encode
+        self._decode: Callable[..., Tensor] = self.autoencoder.decode
+        self._judge: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = self._judged
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
@@ -106,24 +106,33 @@ class RasterTokenizer(nn.Module):
         """The images a canvas stands for, in [-1, 1]."""
         return self.autoencoder.decode(canvas).float().clamp(-1, 1)
 
+    @torch.no_grad()
+    def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:
+        """Place the codes by images' features. Raises ValueError where there are too few."""
+        features = torch.cat([self._features(images) for images in batches])
+        self.codebook.seed(rearrange(features, "b c h w -> (b h w) c"), 0, 1)
+
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
         """Encode, quantize, decode with gradients (straight through the codes).
 
-        The loss is |q - sg f|^2 + beta |sg q - f|^2. In training mode the codebook takes note of
-        the batch, and the first one may initialise it.
+        The loss is |q - sg f|^2 + beta |sg q - f|^2 and the codebook's own penalty. In training
+        mode the codebook takes note of the batch.
         """
-        features = self._features(images)
-        vectors = rearrange(features.detach(), "b c h w -> (b h w) c")
-        if self.training:
-            self._seed_once(vectors)
-        ids = self._quantize(features)
+        features = self._features(images, self._encode if self.training else None)
+        judge = self._judge if self.training else self._judged
+        with sandbox.exact_float32(features.device):
+            through, loss, ids, vectors = judge(features)
         if self.training:
             self.codebook.observe([vectors], [ids.flatten()])
-        codes = self._maps(ids)
-        loss = F.mse_loss(codes, features.detach())
-        loss = loss + self.params.beta * F.mse_loss(codes.detach(), features)
-        decoded = self.autoencoder.decode(features + (codes - features).detach())
-        return Reconstruction(decoded, ids[:, self.order], loss)
+        decode = self._decode if self.training else self.autoencoder.decode
+        return Reconstruction(decode(through), ids[:, self.order], loss)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what training runs: encoder, quantizer and decoder, each by itself."""
+        kwargs = {"dynamic": False, **kwargs}
+        self._encode = torch.compile(self.autoencoder.encode, *args, **kwargs)
+        self._decode = torch.compile(self.autoencoder.decode, *args, **kwargs)
+        self._judge = torch.compile(self._judged, *args, **kwargs)
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
@@ -135,13 +144,40 @@ class RasterTokenizer(nn.Module):
         """Codes are places, not weights: decay would pull them to the origin."""
         return {f"codebook.{name}" for name, _ in self.codebook.named_parameters()}
 
-    def _features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    @torch.no_grad()
+    def residual_energy(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " 1"]:
+        """The share of the features' variance that the codes miss."""
+        features = self._features(images)
+        missing = F.mse_loss(self._maps(self._quantize(features)), features)
+        return (missing / features.var(correction=0))[None]
+
+    @torch.no_grad()
+    def residual_vectors(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "n c"]]:
+        """What the lookup sees, as one scale."""
+        return [rearrange(self._features(images), "b c h w -> (b h w) c")]
+
+    def _features(
+        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
+    ) -> Float[Tensor, "b c h w"]:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
                 f"got {images.shape[2]} x {images.shape[3]}"
             )
-        return self.autoencoder.encode(images).float()
+        return (encode or self.autoencoder.encode)(images).float()
+
+    def _judged(
+        self, features: Float[Tensor, "b c h w"]
+    ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "n c"]]:
+        """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
+        ids = self._quantize(features)
+        codes = self._maps(ids)
+        loss = F.mse_loss(codes, features.detach())
+        loss = loss + self.params.beta * F.mse_loss(codes.detach(), features)
+        vectors = rearrange(features, "b c h w -> (b h w) c")
+        if penalty := getattr(self.codebook, "penalty", None):
+            loss = loss + penalty([vectors])
+        return features + (codes - features).detach(), loss, ids, vectors.detach()
 
     def _quantize(self, features: Float[Tensor, "b c h w"]) -> Int[Tensor, "b n"]:
         """The nearest code of every cell, row by row."""
@@ -154,14 +190,3 @@ class RasterTokenizer(nn.Module):
 
     def _cell(self, step: int) -> tuple[int, int]:
         return divmod(self.layout.steps[step].cells[0], self.layout.size[1])
-
-    @torch.no_grad()
-    def _seed_once(self, vectors: Float[Tensor, "n c"]) -> None:
-        if not self._surely_seeded and not self.seeded:
-            self.codebook.seed(vectors, 0, 1)
-            self.seeded.fill_(True)
-        self._surely_seeded = True
-
-
-def _look_again(tokenizer: RasterTokenizer, _: object) -> None:
-    tokenizer._surely_seeded = False

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,13 +32,13 @@ class Block(nn.Module):
         mlp_width: int,
         shared_adaln: bool,
         qk_norm: bool,
-        drop_path: float,
+        dropout: float,
         backend: sandbox.AttentionBackend,
     ) -> None:
         super().__init__()
-        self.attn = SelfAttention(width, num_heads, qk_norm, backend)
-        self.ffn = Mlp(width, mlp_width, act_layer=partial(nn.GELU, approximate="tanh"))
-        self.drop_path = DropPath(drop_path)
+        self.attn = SelfAttention(width, num_heads, qk_norm, dropout, backend)
+        gelu = partial(nn.GELU, approximate="tanh")
+        self.ffn = Mlp(width, mlp_width, act_layer=gelu, drop=(0.0, dropout))
         self.norm = nn.LayerNorm(width, LAYER_NORM_EPS, elementwise_affine=False)
         if shared_adaln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / math.sqrt(width))
@@ -57,15 +57,20 @@ class Block(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
         seen = self.attn(self.norm(x) * (1 + scale1) + shift1, mask, memory)
-        x = x + self.drop_path(seen * gate1)
-        return x + self.drop_path(self.ffn(self.norm(x) * (1 + scale2) + shift2) * gate2)
+        x = x + seen * gate1
+        return x + self.ffn(self.norm(x) * (1 + scale2) + shift2) * gate2
 
 
 class SelfAttention(nn.Module):
     """Multi-head attention; with `qk_norm`, cosine similarity times a learned, capped scale."""
 
     def __init__(
-        self, width: int, num_heads: int, qk_norm: bool, backend: sandbox.AttentionBackend
+        self,
+        width: int,
+        num_heads: int,
+        qk_norm: bool,
+        dropout: float,
+        backend: sandbox.AttentionBackend,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_norm, self.backend = num_heads, qk_norm, backend
@@ -75,7 +80,7 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
 
     def forward(
         self, x: Float[Tensor, "b n d"], mask: Mask, memory: tuple[Tensor, slice] | None
@@ -95,7 +100,23 @@ class SelfAttention(nn.Module):
             cache[0, :, :, span], cache[1, :, :, span] = k, v
             k, v = cache[:, :, :, : span.stop]
         out = self.backend.attend(q, k, v, mask, self.scale)
-        return self.proj(rearrange(out, "b heads n e -> b n (heads e)"))
+        return self.dropout(self.proj(rearrange(out, "b heads n e -> b n (heads e)")))
+
+
+def with_drop_path(
+    modulations: list[Float[Tensor, "b 1 6 d"]], last_drop: float
+) -> list[Float[Tensor, "b 1 6 d"]]:
+    """Stochastic depth (arXiv 1603.09382) in the gates: a closed gate drops an image's branch.
+
+    Both branches of block i of n close with probability `last_drop` i / (n - 1); the open ones are
+    scaled up, so that the expectation stays.
+    """
+    num, (batch, *_) = len(modulations), modulations[0].shape
+    drops = torch.linspace(0, last_drop, num, device=modulations[0].device).view(num, 1, 1, 1, 1)
+    drawn = torch.rand(num, batch, 1, 2, 1, device=modulations[0].device)
+    gates = (drawn >= drops) / (1 - drops)
+    gates = F.pad(gates, (0, 0, 0, 4), value=1.0)
+    return [m * gate.to(m.dtype) for m, gate in zip(modulations, gates, strict=True)]
 
 
 class HeadNorm(nn.Module):

@@ -8,6 +8,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -19,7 +20,7 @@ import sandbox
 from sandbox import Mask, Part, Tokens
 
 from . import published_model
-from .blocks import Block, HeadNorm
+from .blocks import Block, HeadNorm, with_drop_path
 
 
 @dataclass
@@ -50,6 +51,8 @@ class VAR(nn.Module):
         """Share of labels hidden in training, which is what guidance needs."""
         drop_path: float | None = Field(None, ge=0, lt=1)
         """Stochastic depth of the last block, linear from 0; 0.1 x depth / 24 if not given."""
+        dropout: float = Field(0.0, ge=0, lt=1)
+        """Of what attention and MLPs add, in training; none as published."""
         mlp_ratio: float = Field(4.0, gt=0)
         """Hidden width of the MLPs over the model width."""
         attention: Part[sandbox.AttentionBackend] = Field(default="auto", validate_default=True)
@@ -66,8 +69,7 @@ class VAR(nn.Module):
                 "change width or num_heads"
             )
         layout = tokens.layout
-        last_drop = 0.1 * depth / 24 if params.drop_path is None else params.drop_path
-        drops = torch.linspace(0, last_drop, depth, device="cpu").tolist()
+        self.last_drop = 0.1 * depth / 24 if params.drop_path is None else params.drop_path
         backend = params.attention.build()
 
         self.word_embed = nn.Linear(tokens.code_dim, width)
@@ -84,10 +86,10 @@ class VAR(nn.Module):
                 mlp_width=round(params.mlp_ratio * width),
                 shared_adaln=params.shared_adaln,
                 qk_norm=params.qk_norm,
-                drop_path=drop,
+                dropout=params.dropout,
                 backend=backend,
             )
-            for drop in drops
+            for _ in range(depth)
         )
         self.head_nm = HeadNorm(width)
         self.head = nn.Linear(width, tokens.vocab_size)
@@ -107,9 +109,18 @@ class VAR(nn.Module):
         first = self.tokens.layout.lens[0]
         x = torch.cat([self._first(cond), self._read(contexts[:, first:])], dim=1)
         x = x + self._places(slice(None))
-        for block, modulation in zip(self.blocks, self._modulations(cond), strict=True):
-            x = block(x, modulation.to(x.dtype), self.mask)
+        modulations = self._modulations(cond)
+        if self.training and self.last_drop:
+            modulations = with_drop_path(modulations, self.last_drop)
+        for block, modulation in zip(self.blocks, modulations, strict=True):
+            run = block if self.training else block.forward  # only training is ever compiled
+            x = run(x, modulation.to(x.dtype), self.mask)
         return self._logits(x, cond)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what training runs, block by block: they share their code, so it is made once."""
+        for block in self.blocks:
+            block.compile(*args, **{"dynamic": False, **kwargs})
 
     def begin(self, labels: Int[Tensor, " b"]) -> State:
         """A fresh state; its cache has room for the whole sequence from the start."""
@@ -138,7 +149,7 @@ class VAR(nn.Module):
         for block, modulation, cache in zip(
             self.blocks, state.modulations, state.caches, strict=True
         ):
-            x = block(x, modulation, Mask(), (cache, span))
+            x = block.forward(x, modulation, Mask(), (cache, span))
         state.next_step += 1
         return self._logits(x, state.cond)
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -30,10 +29,11 @@ def from_published(
     if PUBLISHED_CODES not in state:
         return None
     ours = {_our_name(name): tensor for name, tensor in state.items()}
-    counters = dict(tokenizer.named_buffers())
+    buffers = {name for name, _ in tokenizer.named_buffers()}
+    counters = {name: t for name, t in tokenizer.state_dict().items() if name in buffers}
     if "hits" in ours and ours["hits"].shape != counters["hits"].shape:
         del ours["hits"]
-    return {**counters, "seeded": torch.ones_like(counters["seeded"]), **ours}
+    return {**counters, **ours}
 
 
 def to_published(tokenizer: VarTokenizer) -> dict[str, Tensor]:

@@ -6,11 +6,9 @@ up, then a convolution `phi` that sharpens what growing has blurred. A canvas is
 All of that is float32, with neither autocast nor TF32, because both change which codes are nearest.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -22,18 +20,12 @@ import sandbox
 from sandbox import Layout, Part, Reconstruction
 
 from . import published_tokenizer
+from .dropout import kept_scales
+from .estimators import ESTIMATORS
+from .pyramid import Pyramid, phi_of_step
 
-
-def phi_of_step(num_phi: int, num_steps: int) -> tuple[int, ...]:
-    """Which of `num_phi` convolutions each step uses: the one whose tick is nearest.
-
-    In float64 and with the first winning a tie, as published: with 10 steps and 4 convolutions two
-    choices hang on the last bit. The published ticks stand further out where there are four.
-    """
-    edge = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
-    ticks = np.linspace(edge, 1 - edge, num_phi)
-    places = [step / max(1, num_steps - 1) for step in range(num_steps)]
-    return tuple(int(np.argmin(np.abs(ticks - place))) for place in places)
+MAX_SEED_VECTORS = 2**17
+"""Vectors of one scale that its codes start from, at most."""
 
 
 class VarTokenizer(nn.Module):
@@ -54,6 +46,16 @@ class VarTokenizer(nn.Module):
         """The convolution's share r: phi(x) = (1 - r) x + r conv(x)."""
         beta: float = Field(0.25, ge=0)
         """Weight of the commitment loss, which pulls features towards their codes."""
+        estimator: Literal["straight-through", "rotation"] = "straight-through"
+        """How gradients pass the codes: unchanged (published), or turned and stretched as the
+        features are (the rotation trick, arXiv 2410.06424)."""
+        scale_dropout: float = Field(0.0, ge=0, lt=1)
+        """In training, the share of an image's scales, the last never, that are left out."""
+        prefix_dropout: float = Field(0.0, ge=0, le=1)
+        """In training, the share of the images of which only the first scales are decoded, as many
+        as chance says, from `prefix_min` on."""
+        prefix_min: int = Field(1, ge=1)
+        """The fewest scales that `prefix_dropout` leaves."""
 
         @field_validator("schedule")
         @classmethod
@@ -85,12 +87,12 @@ class VarTokenizer(nn.Module):
             for _ in range(num_phi[params.phi])
         )
         self.phi_of_step = phi_of_step(len(self.phi), num_steps) if len(self.phi) else ()
+        self.pyramid = Pyramid(self.layout)
         self.hits: Tensor
-        self.seeded: Tensor
         self.register_buffer("hits", torch.zeros(num_steps, self.vocab_size))
-        self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
-        self._surely_seeded = False  # spares reading the buffer, which would wait for the device
-        self.register_load_state_dict_post_hook(_look_again)
+        self._encode: Callable[..., Tensor] = self.autoencoder.encode
+        self._decode: Callable[..., Tensor] = self.autoencoder.decode
+        self._judge: Callable[..., Any] = self._judged
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
@@ -120,39 +122,50 @@ class VarTokenizer(nn.Module):
         self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n c"], step: int
     ) -> Float[Tensor, "b c h w"]:
         """The canvas with one step's codes grown and added; the one given is left as it was."""
-        with _exact_float32(canvas.device):
+        with sandbox.exact_float32(canvas.device):
             return canvas + self._grow(codes.float(), step)
 
     def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
         """The canvas of the steps before, shrunk to this step's map; of an empty one, zeros."""
-        return rearrange(self._shrink(canvas, step), "b c h w -> b (h w) c")
+        with sandbox.exact_float32(canvas.device):
+            return rearrange(self.pyramid.shrink(canvas, step), "b c h w -> b (h w) c")
 
     def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
         return self.autoencoder.decode(canvas).float().clamp(-1, 1)
 
+    @torch.no_grad()
+    def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:
+        """Place the codes by images' features, scale after scale.
+
+        Raises ValueError where the codebook finds too few images, or features that are not finite.
+        """
+        features = torch.cat([self._features(images) for images in batches])
+        self._quantize(features, seed=True)
+
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
-        """Encode, quantize, decode with gradients (straight through the codes).
+        """Encode, quantize, decode with gradients.
 
         The loss is the mean over scales of |f_k - sg f|^2 + beta |sg f_k - f|^2, where f_k is the
-        canvas after scale k. In training mode the codebook takes note of the batch, and the first
-        one may initialise it.
+        canvas after scale k, and the codebook's own penalty. In training mode the codebook takes
+        note of the batch.
         """
-        features = self._features(images)
-        if self.training:
-            self._seed_once(features.detach())
-        ids, canvases, vectors = self._quantize(features)
+        features = self._features(images, self._encode if self.training else None)
+        judge = self._judge if self.training else self._judged
+        with sandbox.exact_float32(features.device):
+            through, loss, ids, vectors = judge(features)
         if self.training:
             self.codebook.observe(vectors, [rows.flatten() for rows in ids])
             self._count(ids)
-        target, beta = features.detach(), self.params.beta
-        losses = [
-            F.mse_loss(canvas, target) + beta * F.mse_loss(canvas.detach(), features)
-            for canvas in canvases
-        ]
-        through = features + (canvases[-1] - features).detach()
-        images = self.autoencoder.decode(through)
-        return Reconstruction(images, torch.cat(ids, dim=1), torch.stack(losses).mean())
+        decode = self._decode if self.training else self.autoencoder.decode
+        return Reconstruction(decode(through), torch.cat(ids, dim=1), loss)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what training runs: encoder, quantizer and decoder, each by itself."""
+        kwargs = {"dynamic": False, **kwargs}
+        self._encode = torch.compile(self.autoencoder.encode, *args, **kwargs)
+        self._decode = torch.compile(self.autoencoder.decode, *args, **kwargs)
+        self._judge = torch.compile(self._judged, *args, **kwargs)
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator
@@ -171,6 +184,11 @@ class VarTokenizer(nn.Module):
         canvases = self._quantize(features)[1]
         missing = torch.stack([F.mse_loss(canvas, features) for canvas in canvases])
         return missing / features.var(correction=0)
+
+    @torch.no_grad()
+    def residual_vectors(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "n c"]]:
+        """What each scale's lookup sees: the features left over, shrunk to its cells."""
+        return self._quantize(self._features(images))[2]
 
     def from_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """A published tokenizer's weights under our names; None where the names are not those.
@@ -191,31 +209,68 @@ class VarTokenizer(nn.Module):
         """What can be read off a state dict (with our names), in plain words."""
         return published_tokenizer.describe(state)
 
-    def _features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    def _features(
+        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
+    ) -> Float[Tensor, "b c h w"]:
         if tuple(images.shape[2:]) != self.image_size:
             raise ValueError(
                 f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
                 f"got {images.shape[2]} x {images.shape[3]}"
             )
-        return self.autoencoder.encode(images).float()
+        return (encode or self.autoencoder.encode)(images).float()
+
+    def _judged(
+        self, features: Float[Tensor, "b c h w"]
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
+        p, kept = self.params, None
+        if self.training and (p.scale_dropout or p.prefix_dropout):
+            num_scales = len(self.layout.steps)
+            kept = kept_scales(
+                features, num_scales, p.scale_dropout, p.prefix_dropout, p.prefix_min
+            )
+        ids, canvases, vectors = self._quantize(features, kept=kept)
+        target = features.detach()
+        loss = torch.stack(
+            [
+                F.mse_loss(canvas, target) + p.beta * F.mse_loss(canvas.detach(), features)
+                for canvas in canvases
+            ]
+        ).mean()
+        if penalty := getattr(self.codebook, "penalty", None):
+            before = [torch.zeros_like(target), *(canvas.detach() for canvas in canvases[:-1])]
+            loss = loss + penalty(
+                [
+                    rearrange(self.pyramid.shrink(features - seen, k), "b c h w -> (b h w) c")
+                    for k, seen in enumerate(before)
+                ]
+            )
+        return ESTIMATORS[p.estimator](features, canvases[-1]), loss, ids, vectors
 
     def _quantize(
-        self, features: Float[Tensor, "b c h w"], seed: bool = False
+        self,
+        features: Float[Tensor, "b c h w"],
+        seed: bool = False,
+        kept: Float[Tensor, "k b"] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per step: ids (`b n`), the canvas after it (`b c h w`) and the vectors (`(b n) c`).
 
-        Gradients flow from the canvases to codes and phi, never through the residuals.
+        Gradients flow from the canvases to codes and phi, never through the residuals. Where
+        `kept` is 0 a scale of an image adds nothing.
         """
         rest, canvas = features.detach(), self.canvas(len(features))
         ids, canvases, vectors = [], [], []
-        with _exact_float32(features.device):
+        with sandbox.exact_float32(features.device):
             for step in range(len(self.layout.steps)):
-                vectors.append(rearrange(self._shrink(rest, step), "b c h w -> (b h w) c"))
+                shrunk = self.pyramid.shrink(rest, step)
+                vectors.append(rearrange(shrunk, "b c h w -> (b h w) c"))
                 if seed:
-                    self.codebook.seed(vectors[-1], step, len(self.layout.steps))
+                    self.codebook.seed(_some(vectors[-1]), step, len(self.layout.steps))
                 nearest = self.codebook.nearest(vectors[-1])
                 ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
                 grown = self._grow(self.codebook.embed(ids[-1]), step)
+                if kept is not None:
+                    grown = grown * kept[step, :, None, None, None]
                 canvas, rest = canvas + grown, rest - grown.detach()
                 canvases.append(canvas)
         return ids, canvases, vectors
@@ -230,50 +285,27 @@ class VarTokenizer(nn.Module):
             canvas = self.paint(canvas, self.embed(ids[:, span]), step)
         yield canvas
 
-    def _shrink(self, maps: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b c i j"]:
-        size = self.layout.steps[step].height, self.layout.steps[step].width
-        return maps if size == self.layout.size else F.interpolate(maps, size, mode="area")
-
     def _grow(self, codes: Float[Tensor, "b n c"], step: int) -> Float[Tensor, "b c h w"]:
-        height, width = self.layout.steps[step].height, self.layout.steps[step].width
-        maps = rearrange(codes, "b (h w) c -> b c h w", h=height, w=width)
-        if (height, width) != self.layout.size:
-            maps = F.interpolate(maps, self.layout.size, mode="bicubic")
+        maps = self.pyramid.grow(codes, step)
         if not self.phi_of_step:
             return maps
         share = self.params.quant_resi
         return (1 - share) * maps + share * self.phi[self.phi_of_step[step]](maps)
 
     @torch.no_grad()
-    def _seed_once(self, features: Float[Tensor, "b c h w"]) -> None:
-        if not self._surely_seeded and not self.seeded:
-            self._quantize(features, seed=True)
-            self.seeded.fill_(True)
-        self._surely_seeded = True
-
-    @torch.no_grad()
     def _count(self, ids: list[Tensor]) -> None:
         """A moving average of how often each scale uses each code, as the published file keeps."""
-        counts = torch.zeros_like(self.hits)
-        for row, step_ids in zip(counts, ids, strict=True):
-            row.index_add_(
-                0, step_ids.flatten(), torch.ones_like(step_ids.flatten(), dtype=row.dtype)
-            )
-        self.hits.lerp_(counts, 0.01)
+        rows = torch.cat(
+            [step_ids.flatten() + k * self.vocab_size for k, step_ids in enumerate(ids)]
+        )
+        counts = torch.zeros_like(self.hits).view(-1)
+        counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
+        self.hits.lerp_(counts.view_as(self.hits), 0.01)
 
 
-def _look_again(tokenizer: VarTokenizer, _: object) -> None:
-    tokenizer._surely_seeded = False
-
-
-@contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 in convolutions."""
-    convolution = torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    convolution.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        convolution.fp32_precision = before
+def _some(vectors: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
+    """At most MAX_SEED_VECTORS of them, evenly drawn."""
+    if len(vectors) <= MAX_SEED_VECTORS:
+        return vectors
+    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
+    return vectors[order[:MAX_SEED_VECTORS].to(vectors.device)]

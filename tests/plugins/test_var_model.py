@@ -14,6 +14,7 @@ from sandbox_plugins.attention import (
     SdpaAttention,
     XformersAttention,
 )
+from sandbox_plugins.var.blocks import with_drop_path
 from sandbox_plugins.var.model import VAR
 
 # Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
@@ -139,15 +140,28 @@ def test_labels_are_dropped_in_training_only():
 
 def test_drop_path_grows_linearly_with_depth_and_acts_in_training_only():
     model = build(Layout.pyramid(1, 2), depth=12, label_dropout=0.0)
-    rates = [block.drop_path.drop_prob for block in model.blocks]
-    assert rates == pytest.approx([0.05 * i / 11 for i in range(12)])
+    assert model.last_drop == pytest.approx(0.05)
+    torch.manual_seed(0)
+    gates = torch.stack(with_drop_path([torch.ones(20_000, 1, 6, 1)] * 3, 0.4))[..., 0, :, 0]
+    closed, rates = (gates == 0).float().mean(1), torch.tensor([0.0, 0.2, 0.4])
+    torch.testing.assert_close(closed[:, :2], rates[:, None].expand(3, 2), atol=0.02, rtol=0)
+    assert not closed[:, 2:].any() and not (gates[1, :, 0] == gates[1, :, 1]).all()
+    torch.testing.assert_close(gates.mean(1), torch.ones(3, 6), atol=0.03, rtol=0)
     awake(model)
     contexts, labels = inputs(model.tokens.layout, 0)
     assert torch.equal(model(contexts, labels), model(contexts, labels))
     model.train()
-    torch.manual_seed(0)
     drawn = [model(contexts, labels) for _ in range(8)]
     assert any(not torch.equal(drawn[0], other) for other in drawn)
+
+
+def test_dropout_acts_in_training_only():
+    layout = Layout.pyramid(1, 2)
+    model = awake(build(layout, label_dropout=0.0, drop_path=0.0, dropout=0.5))
+    contexts, labels = inputs(layout, 0)
+    assert torch.equal(model(contexts, labels), model(contexts, labels))
+    model.train()
+    assert not torch.equal(model(contexts, labels), model(contexts, labels))
 
 
 def test_the_attention_backend_changes_nothing_but_how_it_is_computed():

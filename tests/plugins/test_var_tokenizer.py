@@ -8,6 +8,8 @@ from sandbox_plugins.autoencoders import CNN, Patch
 from sandbox_plugins.codebooks import VQ
 from sandbox_plugins.raster.orders import Raster
 from sandbox_plugins.schedules import Published, Sides
+from sandbox_plugins.var.dropout import kept_scales
+from sandbox_plugins.var.estimators import ESTIMATORS
 from sandbox_plugins.var.tokenizer import VarTokenizer, phi_of_step
 
 SMALL = Patch.Params(patch=2, ch=8, num_res_blocks=0, code_dim=3)
@@ -170,27 +172,83 @@ def test_painting_leaves_the_given_canvas_alone_and_stays_in_float32_under_autoc
     assert torch.equal(again, painted)
 
 
-def test_the_first_training_batch_alone_seeds_the_codes():
+def test_codes_start_where_the_features_of_the_first_images_are():
     tokenizer = build(codebook={"vocab_size": 12}).train()
     before = tokenizer.embed(torch.arange(12)).clone()
-    tokenizer.eval().reconstruct(images_for(tokenizer, 8))
-    assert torch.equal(tokenizer.embed(torch.arange(12)), before) and not tokenizer.seeded
-    tokenizer.train().reconstruct(images_for(tokenizer, 8))
+    images = images_for(tokenizer, 8)
+    tokenizer.reconstruct(images)
+    assert torch.equal(tokenizer.embed(torch.arange(12)), before)
+    tokenizer.initialise(images.split(3))
     seeded = tokenizer.embed(torch.arange(12)).clone()
-    assert tokenizer.seeded and not torch.equal(seeded, before)
-    tokenizer.reconstruct(images_for(tokenizer, 8))
-    assert torch.equal(tokenizer.embed(torch.arange(12)), seeded)
-    loaded = build(codebook={"vocab_size": 12})
-    loaded.load_state_dict(tokenizer.state_dict())
-    loaded.train().reconstruct(images_for(tokenizer, 8))
-    assert torch.equal(loaded.embed(torch.arange(12)), seeded)
+    assert not torch.equal(seeded, before)
+    tokenizer.initialise([images])
+    torch.testing.assert_close(tokenizer.embed(torch.arange(12)), seeded)
+    tokenizer.reconstruct(images)
+    torch.testing.assert_close(tokenizer.embed(torch.arange(12)), seeded)
+
+
+def test_too_few_images_to_start_from_are_refused():
+    with pytest.raises(ValueError, match="init: uniform"):
+        build(codebook={"vocab_size": 12}).initialise([torch.zeros(3, 3, 8, 8)])
+
+
+@given(tokenizer=tokenizers())
+def test_resampling_is_the_published_one_with_and_without_gradients(tokenizer):
+    canvas = torch.randn(2, tokenizer.code_dim, *tokenizer.layout.size)
+    for step, span in enumerate(tokenizer.layout.spans):
+        codes = torch.randn(2, span.stop - span.start, tokenizer.code_dim)
+        for resample, maps in ((tokenizer.pyramid.shrink, canvas), (tokenizer.pyramid.grow, codes)):
+            with torch.no_grad():
+                published = resample(maps, step)
+            torch.testing.assert_close(resample(maps, step), published, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"scale_dropout": 0.9}, {"prefix_dropout": 1.0}])
+def test_dropped_scales_add_nothing_and_only_in_training(setting):
+    torch.manual_seed(0)
+    tokenizer, plain = build(**setting), build()
+    plain.load_state_dict(tokenizer.state_dict())
+    images = images_for(tokenizer, 64)
+    assert torch.equal(
+        tokenizer.eval().reconstruct(images).images, plain.eval().reconstruct(images).images
+    )
+    tokenizer.train()
+    kept = kept_scales(torch.zeros(4096, 1), 3, *dropouts(tokenizer))
+    share = kept.mean(dim=1)
+    if "scale_dropout" in setting:
+        assert share[2] == 1 and 0.05 < share[0] < 0.15
+    else:  # a third each keeps one, two and three scales
+        assert share[0] == 1 and 0.6 < share[1] < 0.73 and 0.28 < share[2] < 0.4
+    assert not torch.allclose(
+        tokenizer.reconstruct(images).images, plain.reconstruct(images).images
+    )
+
+
+def dropouts(tokenizer):
+    p = tokenizer.params
+    return p.scale_dropout, p.prefix_dropout, p.prefix_min
+
+
+def test_the_rotation_gives_the_codes_and_turns_the_gradient_as_features_turn():
+    features = torch.randn(2, 5, 3, 3, requires_grad=True)
+    quantized = 2 * torch.randn(2, 5, 3, 3)
+    through = ESTIMATORS["rotation"](features, quantized)
+    torch.testing.assert_close(through, quantized)
+    (gradient,) = torch.autograd.grad((through * quantized).sum(), features)
+    lengths = quantized.norm(dim=1, keepdim=True) / features.norm(dim=1, keepdim=True)
+    expected = features / features.norm(dim=1, keepdim=True)
+    expected = expected * quantized.norm(dim=1, keepdim=True) * lengths
+    torch.testing.assert_close(gradient, expected.detach(), atol=1e-4, rtol=1e-4)
+    straight = ESTIMATORS["straight-through"](features, quantized)
+    (gradient,) = torch.autograd.grad((straight * quantized).sum(), features)
+    torch.testing.assert_close(gradient, quantized)
 
 
 def test_the_missing_energy_falls_from_scale_to_scale_once_codes_fit():
     torch.manual_seed(0)
     tokenizer = build(codebook={"vocab_size": 60}, phi="none").train()
     images = images_for(tokenizer, 32)
-    tokenizer.reconstruct(images)
+    tokenizer.initialise([images])
     missing = tokenizer.residual_energy(images)
     assert missing.shape == (3,)
     assert (missing.diff() < 0).all() and missing[0] < 1.5
@@ -207,6 +265,7 @@ def train(init, num_steps=150):
         torch.rand(256, 3, 1, 1, generator=rng) * 2
         - torch.rand(256, 3, 8, 8, generator=rng).round()
     )
+    tokenizer.initialise([images])
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=2e-3, betas=(0.5, 0.9))
     for step in range(num_steps):
         batch = images[torch.randint(256, (32,), generator=rng)]
@@ -249,7 +308,6 @@ def test_published_names_survive_the_round_trip(phi):
         assert torch.equal(tensor, published[name]), name
     images = images_for(first)
     assert torch.equal(second.encode(images), first.encode(images))
-    assert second.seeded  # training goes on from the loaded codes
 
 
 def test_usage_counts_of_another_number_of_scales_do_not_hinder_loading():
