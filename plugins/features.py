@@ -149,6 +149,21 @@ class _RandomNetwork(nn.Module):
         features = self.layers(images).mean(dim=(2, 3))
         return features, self.head(features)
 
+    def forward_intermediates(
+        self, images: Tensor, intermediates_only: bool = False
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """The map after every convolution, as timm's networks give them; the last one before."""
+        maps, last = [], images
+        for layer in self.layers:
+            last = layer(last)
+            if isinstance(layer, nn.GELU):
+                maps.append(last)
+        return maps if intermediates_only else (last, maps)
+
+    def forward_head(self, last: Tensor) -> Tensor:
+        """The logits, from the last map."""
+        return self.head(last.mean(dim=(2, 3)))
+
 
 class RandomFeatures:
     """An untrained convolutional network, for smoke tests: its scores say nothing of quality."""

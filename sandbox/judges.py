@@ -23,7 +23,9 @@ class Objective(Protocol):
 class ImageLoss(Protocol):
     """How far a reconstruction is from its image. Built as `Class(params)`.
 
-    One that is an `nn.Module` (it reads a network's features) is moved to the run's device.
+    One that is an `nn.Module` (it reads a network's features) is moved to the run's device; nothing
+    in it is trained. It may also have `prepare(image_size, num_classes) -> None`, which the task
+    calls before the first loss: the place for what depends on the data set, or loads weights.
     """
 
     def loss(

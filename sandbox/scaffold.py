@@ -20,6 +20,7 @@ INTERFACE_OF_KIND = {
     "generator": "Generator",
     "objective": "Objective",
     "image-loss": "ImageLoss",
+    "adversary": "Adversary",
     "dataset": "Dataset",
     "features": "FeatureExtractor",
     "metric": "Metric",

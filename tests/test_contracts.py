@@ -5,10 +5,13 @@ A part whose defaults are too large, or which needs settings, has small ones in 
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import sandbox
 from sandbox import Layout, Tokens
@@ -51,8 +54,19 @@ SMALL = {
     ],
     "Autoencoder-cnn": [{"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "code_dim": 4}],
     "Codebook-vq": [
-        {"vocab_size": 16, "update": update, "restart_every": 1} for update in ("ema", "gradient")
+        {
+            "vocab_size": 16,
+            "update": update,
+            "lookup": lookup,
+            "restart_every": 5,
+            "entropy_weight": 0.1,
+        }
+        for update in ("ema", "gradient")
+        for lookup in ("euclidean", "cosine")
     ],
+    "Codebook-simvq": [{"vocab_size": 16}],
+    "Codebook-fsq": [{"levels": [4, 3, 5, 2], "scale": 0.5}],
+    "Codebook-lfq": [{}, {"scale": 0.5, "entropy_weight": 0.0}],
     "Tokenizer-var-vq": [
         {**TOKENIZER, "phi": phi} for phi in ("none", "shared", "partial", "per-scale")
     ],
@@ -72,12 +86,24 @@ SMALL = {
     "Dataset-image-folder": [{"root": "pictures", "image_size": [16, 24], "flip": True}],
     "Dataset-cifar10": [{"root": "cifar", "allow_partial": True, "flip": True, "pad_crop_px": 2}],
     "Dataset-idx": [{"root": "idx"}],
+    "ImageLoss-lpips": [{"network": "alexnet", "weights": "alexnet.safetensors"}],
+    "ImageLoss-perceptual": [{"features": "random", "logits_weight": 0.1}],
+    "Adversary-patchgan": [
+        {"channels": 8},
+        {"channels": 8, "norm": "group", "feature_matching": 1.0, "augment": [], "lecam": 0.0},
+        {"channels": 8, "start": 0.0, "ramp": 0.0, "adaptive": False},
+    ],
+    "Adversary-dino": [
+        {"weights": "vit.safetensors", "model": "test_vit", "depths": [1, 5], "norm": norm}
+        for norm in ("spectral", "group")
+    ],
     "Metric-kid": [{"subset_size": 24, "num_subsets": 2}],
     "Metric-inception-score": [{"splits": 1}],
     "Task-train-tokenizer": [{"num_images": 4, "batch_size": 2}],
     "Task-train-classifier": [{"num_images": 4, "batch_size": 2}],
     "Task-train-generator": [{"num_images": 4, "batch_size": 2}],
     "Task-sample": [{"untrained": True}],
+    "Task-tune-sampler": [{"grid": {"top_p": [0.9, 1.0]}, "untrained": True}],
     "Task-evaluate": [{"metrics": ["psnr"], "images": "reconstructions"}],
 }
 CASES = [(key, params) for key in ENTRIES for params in SMALL.get(key, [{}])]
@@ -91,9 +117,21 @@ RECIPE = {
 }
 
 
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory):
+    """Random weights in the layouts of published networks."""
+    folder = tmp_path_factory.mktemp("backbones")
+    alexnet, vit = torchvision.models.alexnet().features, timm.create_model("test_vit")
+    save_file(alexnet.state_dict(), folder / "alexnet.safetensors")
+    save_file(vit.state_dict(), folder / "vit.safetensors")
+    return folder
+
+
 @pytest.fixture
-def files(tmp_path):
-    """The files that data sets read: pictures in class folders, CIFAR-10 records, MNIST arrays."""
+def files(tmp_path, backbones):
+    """The files that parts read: weights, pictures, CIFAR-10 records, MNIST arrays."""
+    for path in backbones.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     rng = np.random.default_rng(0)
     for number, split in enumerate(["train/cat", "train/dog", "val/cat", "val/dog"]):
         (tmp_path / "pictures" / split).mkdir(parents=True)

@@ -28,12 +28,12 @@ from sandbox.task import Run
 from sandbox.testing.images import (
     dataset_law,
     feature_extractor_law,
-    image_loss_law,
     metric_law,
     metric_order_law,
     observer_law,
     task_law,
 )
+from sandbox.testing.judges import adversary_law, image_loss_law
 from sandbox.testing.networks import (
     attention_law,
     backbone_law,
@@ -56,6 +56,7 @@ __all__ = [
     "GreyTokenizer",
     "Outcome",
     "Project",
+    "adversary_law",
     "attention_law",
     "autoencoder_law",
     "backbone_law",
@@ -185,6 +186,7 @@ _LAWS: dict[str, Callable[[_Case], None]] = {
     "Sampler": lambda case: sampler_law(case.make(), case.params, case.seed),
     "Objective": _objective,
     "ImageLoss": lambda case: image_loss_law(case.make(), IMAGE_SIZE, case.seed),
+    "Adversary": lambda case: adversary_law(case.make(IMAGE_SIZE), IMAGE_SIZE, case.seed),
     "Generator": _generator,
     "Dataset": lambda case: dataset_law(case.make(), case.seed),
     "FeatureExtractor": _feature_extractor,

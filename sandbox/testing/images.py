@@ -10,7 +10,6 @@ from torch import Tensor
 from sandbox.errors import SandboxError
 from sandbox.hooks import ObserverHooks
 from sandbox.interfaces import Dataset, FeatureExtractor, Metric, Observer
-from sandbox.judges import ImageLoss
 from sandbox.task import Run, Task
 from sandbox.testing.claims import (
     agree,
@@ -22,16 +21,6 @@ from sandbox.testing.claims import (
     randomly,
 )
 from sandbox.values import Evidence, Split
-
-
-def image_loss_law(image_loss: ImageLoss, size: tuple[int, int] = (32, 32), seed: int = 0) -> None:
-    """Least for equal images, larger for others, with gradients."""
-    images, others = random_images(2, size, seed), random_images(2, size, seed + 1).requires_grad_()
-    none, some = image_loss.loss(images, images), image_loss.loss(others, images)
-    holds(none.ndim == some.ndim == 0, "loss is one number")
-    holds(0 <= float(none.detach()) < float(some.detach()) < math.inf, "equal images lose least")
-    (gradient,) = torch.autograd.grad(some, others)
-    holds(bool(gradient.isfinite().all() and gradient.any()), "gradients reach the images")
 
 
 def dataset_law(dataset: Dataset, seed: int = 0) -> None:

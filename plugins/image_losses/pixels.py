@@ -1,9 +1,4 @@
-"""Image losses: how far a reconstruction is from its image, pixel by pixel.
-
-The one idea to hold: a loss is a mean over pixels times its weight; a task adds several of them up.
-"""
-
-from typing import Any
+"""Losses that compare pixel by pixel: no network, no weights."""
 
 from jaxtyping import Float
 from pydantic import Field
@@ -11,12 +6,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sandbox
-
-
-@sandbox.hookimpl
-def sandbox_register(register: Any) -> None:
-    register(sandbox.ImageLoss, "l1", L1)
-    register(sandbox.ImageLoss, "l2", L2)
 
 
 class L2:
