@@ -34,6 +34,9 @@ class Autoregressive:
         """How ids are drawn from its predictions."""
         objective: Part[sandbox.Objective] = Field(default="cross-entropy", validate_default=True)
         """What training minimises."""
+        token_noise: float = Field(0.0, ge=0, lt=1)
+        """Share of the ids the network reads in training that are drawn at random instead; what it
+        is to predict stays. It learns to go on from mistakes, its own ones when sampling."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -53,6 +56,7 @@ class Autoregressive:
         )
         self.network: nn.Module = self.backbone
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
+        self._shares: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
     def prepare(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
@@ -60,21 +64,40 @@ class Autoregressive:
         return self.tokenizer.encode(images)
 
     def loss(self, prepared: Int[Tensor, "b l"], labels: Int[Tensor, " b"]) -> Losses:
-        """Teacher-forced. Parts: `loss`, `accuracy` and, per scale, `loss/scale1` and on."""
+        """Teacher-forced. Parts: `loss`, `accuracy` and, per scale, `loss/scale1` and on.
+
+        Does not wait for the device. A network that was compiled runs so in training alone: what
+        is measured in between has other batch sizes, which would be compiled anew.
+        """
         ids = prepared.long()
         with torch.no_grad():
-            contexts = self.tokenizer.contexts(ids)
-        logits = self.network(contexts, labels)
+            contexts = self.tokenizer.contexts(self._disturbed(ids))
+        call = self.network if self.network.training else self.network.forward
+        logits = call(contexts, labels)
         losses = self.objective.losses(logits, ids, self.layout)
         total = losses.mean()
         with torch.no_grad():
             parts = {"loss": total.detach(), "accuracy": (logits.argmax(-1) == ids).float().mean()}
             if self.layout.num_levels > 1:
-                level = self.layout.level_of().to(losses.device)
-                per_token = losses.detach().mean(dim=0)
-                for index in range(self.layout.num_levels):
-                    parts[f"loss/scale{index + 1}"] = per_token[level == index].mean()
+                levels = (self._level_shares(losses.device) * losses.mean(dim=0)).sum(dim=1)
+                for number, level in enumerate(levels.unbind(), 1):
+                    parts[f"loss/scale{number}"] = level
         return Losses(total, parts)
+
+    def _disturbed(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
+        """The ids, in training some of them replaced as `token_noise` says."""
+        if not self.network.training or not self.params.token_noise:
+            return ids
+        drawn = torch.randint_like(ids, self.tokenizer.vocab_size)
+        kept = torch.rand(ids.shape, device=ids.device) >= self.params.token_noise
+        return torch.where(kept, ids, drawn)
+
+    def _level_shares(self, device: torch.device) -> Float[Tensor, "k l"]:
+        """One row a level: what each token counts in the level's mean. Made once a device."""
+        if device not in self._shares:
+            rows = F.one_hot(self.layout.level_of()).T.float()
+            self._shares[device] = (rows / rows.sum(dim=1, keepdim=True)).to(device)
+        return self._shares[device]
 
     def generate(
         self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None

@@ -88,12 +88,34 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--beside", type=Path, action="append", default=[], metavar="FOLDER")
     sub = add("export", _export)
     sub.add_argument("folder", type=Path, help="a run folder")
-    sub.add_argument("out", type=Path, help="a folder for the files in the published layout")
+    sub.add_argument("out", type=Path, help="a folder for the files")
+    sub.add_argument(
+        "--layout",
+        choices=("published", "own"),
+        default="published",
+        help="the published checkpoints' names, or the sandbox's own, which every recipe reads",
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of large floating tensors; bfloat16 halves the files",
+    )
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Run a recipe, or go on with it."""
+    """Run a recipe, or go on with it; with torchrun, in several processes."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return _run_here(arguments)
+    from sandbox.distributed import process_group
+
+    with process_group(size):
+        return _run_here(arguments)
+
+
+def _run_here(arguments: argparse.Namespace) -> int:
     registry = _registry(arguments)
     preview = _wants_preview(arguments)
     recipe = _load(arguments, registry, preview)
@@ -109,9 +131,21 @@ def _run(arguments: argparse.Namespace) -> int:
         raise SandboxError(
             f"--fresh: {folder} is not a run folder; delete it yourself if you mean it"
         )
-    command = "sandbox " + shlex.join(sys.argv[1:])
-    execute(recipe, folder, name=arguments.recipe.stem, command=command, fresh=arguments.fresh)
+    execute(
+        recipe,
+        folder,
+        name=arguments.recipe.stem,
+        command=_command(),
+        fresh=arguments.fresh,
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+    )
     return 0
+
+
+def _command() -> str:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    start = f"torchrun --nproc-per-node={here} -m sandbox " if here > 1 else "sandbox "
+    return start + shlex.join(sys.argv[1:])
 
 
 def _wants_preview(arguments: argparse.Namespace) -> bool:
@@ -126,6 +160,10 @@ def _wants_preview(arguments: argparse.Namespace) -> bool:
 
     if torch.cuda.is_available():
         return False
+    from sandbox.distributed import rank
+
+    if rank() > 0:
+        return True
     print(
         f"no GPU here: running the preview that {arguments.recipe} declares (--full runs all of it)"
     )
@@ -193,11 +231,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    """Export a run's weights in the layout of the published checkpoints."""
+    """Export a run's weights, in the layout of the published checkpoints or our own."""
     from sandbox.notebook import export, load
 
     run = load(arguments.folder, plugins=arguments.plugins, device="cpu")
-    for path in export(run, arguments.out):
+    for path in export(run, arguments.out, layout=arguments.layout, dtype=arguments.dtype):
         print(path)
     return 0
 

@@ -1,8 +1,11 @@
 """The same parts without a run: for notebooks and scripts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from sandbox.checkpoint import write_tensors
 from sandbox.errors import SandboxError
@@ -11,7 +14,12 @@ from sandbox.recipe import load_recipe
 from sandbox.run import LiveRun
 from sandbox.values import Role
 
+ExportLayout = Literal["published", "own"]
+ExportDtype = Literal["float32", "bfloat16"]
 PUBLISHED_NAME: dict[Role, str] = {"tokenizer": "vae", "generator": "var"}
+LARGE = 1024
+"""Tensors of at most so many elements (norms, scales, statistics) are never cast: they weigh
+nothing, and may need their digits."""
 
 
 def load(
@@ -37,12 +45,19 @@ def load(
     return LiveRun(recipe, folder)
 
 
-def export(run: LiveRun, out: Path) -> list[Path]:
-    """Write the run's tokenizer and generator with the published names and shapes.
+def export(
+    run: LiveRun, out: Path, *, layout: ExportLayout = "published", dtype: ExportDtype = "float32"
+) -> list[Path]:
+    """Write the run's tokenizer and generator as safetensors; return the files.
 
-    What has no published layout (a tokenizer with another autoencoder, say) is left out. Raises
-    SandboxError where nothing is left, or weights were never trained.
+    `published`: with the published names and shapes, as vae and var; what has no published layout
+    (a tokenizer with another autoencoder, say) is left out. `own`: as tokenizer and generator, as
+    every recipe reads them. Floating tensors of more than 1024 elements take the `dtype`.
+    Raises SandboxError where nothing is left, or weights were never trained.
     """
+    for value, known in ((layout, ExportLayout), (dtype, ExportDtype)):
+        if value not in get_args(known):
+            raise SandboxError(f"export: {value!r} is none of {', '.join(get_args(known))}")
     states, reasons = {}, []
     for role, name in PUBLISHED_NAME.items():
         if not run.settings(role):
@@ -50,6 +65,9 @@ def export(run: LiveRun, out: Path) -> list[Path]:
         if not run.has_weights(role):
             raise SandboxError(f"the {role} has no trained weights to export")
         module: Any = run.tokenizer if role == "tokenizer" else run.generator.network
+        if layout == "own":
+            states[out / f"{role}.safetensors"] = module.state_dict()
+            continue
         if not hasattr(module, "to_published"):
             reasons.append(f"the {role} {run.settings(role)['name']!r} has no published layout")
             continue
@@ -60,5 +78,12 @@ def export(run: LiveRun, out: Path) -> list[Path]:
     if not states:
         raise SandboxError(f"{run.folder}: nothing to export: {'; '.join(reasons) or 'no parts'}")
     for path, state in states.items():
-        write_tensors(path, state)
+        write_tensors(path, _cast(state, getattr(torch, dtype)))
     return list(states)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: tensor.to(dtype) if tensor.is_floating_point() and tensor.numel() > LARGE else tensor
+        for name, tensor in state.items()
+    }

@@ -23,7 +23,8 @@ Where = tuple[str | int, ...]
 
 
 class Weights(Params):
-    """Trained weights to start from: a file, a run folder, or `hf://owner/repository/file@revision`."""
+    """Trained weights to start from: a file, a run folder, `package://package/file` or
+    `hf://owner/repository/file@revision`."""
 
     tokenizer: str | None = None
     generator: str | None = None

@@ -1,23 +1,25 @@
 """Trained weights: where they come from, and whether they fit.
 
-A source is a local file, the folder of another run, or `hf://owner/repository/file` with an
-optional `@revision` and `#sha256=...`. A module that knows a published layout translates it
-itself, with `from_published(state) -> state | None`, and puts a state in plain words with
-`describe(state)`.
+A source is a local file, the folder of another run, `package://package/file` (a file that an
+installed package brings along) or `hf://owner/repository/file` with an optional `@revision`; each
+may end in `#sha256=...`. Half-precision files load as they are, cast to the module's types. A
+module that knows a published layout translates it itself, with `from_published(state) -> state |
+None`, and puts a state in plain words with `describe(state)`.
 """
 
 import hashlib
 import logging
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
 from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
 from sandbox.checkpoint import read_tensors
-from sandbox.errors import SandboxError
+from sandbox.errors import SandboxError, did_you_mean
 from sandbox.values import Role
 
 
@@ -34,7 +36,10 @@ def load_weights(module: nn.Module, source: str, role: Role) -> str:
     if translate := getattr(module, "from_published", None):
         state = translate(state) or state
     _check_fit(module, state, path)
-    module.load_state_dict(state, strict=True)
+    try:
+        module.load_state_dict(state, strict=True)
+    except SandboxError as error:
+        raise SandboxError(f"{path} does not fit: {error}") from None
     return digest
 
 
@@ -43,15 +48,36 @@ def locate(source: str, role: Role) -> tuple[Path, str | None]:
     place, _, digest = source.partition("#sha256=")
     if place.startswith("hf://"):
         return _download(place), digest or None
+    if place.startswith("package://"):
+        return _packaged(place), digest or None
     path = Path(place)
     if path.is_dir():
         path = path / "weights" / f"{role}.safetensors"
     if not path.is_file():
         raise SandboxError(
             f"{path}: no such weights file (set weights.{role} to a .safetensors or .pth file, to "
-            "a run folder, or to hf://owner/repository/file)"
+            "a run folder, to package://package/file, or to hf://owner/repository/file)"
         )
     return path, digest or None
+
+
+def _packaged(place: str) -> Path:
+    """The file of an installed package; packages in archives are not looked into."""
+    package, _, name = place.removeprefix("package://").partition("/")
+    words = PurePosixPath(name).parts
+    if not package or not words or ".." in words or name.startswith("/"):
+        raise SandboxError(f"{place}: expected package://package/path/to/file")
+    try:
+        root = files(package)
+    except (ImportError, TypeError, ValueError):
+        raise SandboxError(f"{place}: no package {package!r} is installed here") from None
+    found = root.joinpath(*words)
+    if isinstance(found, Path) and found.is_file():
+        return found
+    there = sorted(root.rglob("*.safetensors")) if isinstance(root, Path) else []
+    names = [path.relative_to(str(root)).as_posix() for path in there]
+    hint = did_you_mean(name, names) or (f" (there: {', '.join(names[:5])})" if names else "")
+    raise SandboxError(f"{place}: the package {package!r} has no file {name!r}{hint}")
 
 
 def _download(place: str) -> Path:

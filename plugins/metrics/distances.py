@@ -164,6 +164,7 @@ class Inception:
 
     paired = False
     reads_features = True
+    higher_is_better = True
 
     class Params(sandbox.Params):
         splits: int = Field(default=10, ge=1)

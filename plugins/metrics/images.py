@@ -20,6 +20,7 @@ class _PerImage(ABC):
 
     paired = True
     reads_features = False
+    higher_is_better = True
     score: str
 
     def __init__(self, params: sandbox.Params) -> None:
@@ -100,6 +101,7 @@ class ClassAccuracy:
 
     paired = False
     reads_features = True
+    higher_is_better = True
 
     class Params(sandbox.Params):
         """No settings."""

@@ -29,6 +29,7 @@ class PrecisionRecall:
 
     paired = False
     reads_features = True
+    higher_is_better = True
 
     class Params(sandbox.Params):
         neighbours: int = Field(default=3, ge=1)
