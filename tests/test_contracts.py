@@ -65,7 +65,7 @@ SMALL = {
         for lookup in ("euclidean", "cosine")
     ],
     "Codebook-simvq": [{"vocab_size": 16}],
-    "Codebook-fsq": [{"levels": [4, 3, 5, 2], "scale": 0.5}],
+    "Codebook-fsq": [{"levels": [4, 3, 5, 2, 3], "scale": 0.5}],
     "Codebook-lfq": [{}, {"scale": 0.5, "entropy_weight": 0.0}],
     "Tokenizer-var-vq": [
         {**TOKENIZER, "phi": phi} for phi in ("none", "shared", "partial", "per-scale")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 CODES = "codebook.embedding.weight"
+COSINE = "codebook.cosine"
 PUBLISHED_CODES = "quantize.embedding.weight"
 PUBLISHED_HITS = "quantize.ema_vocab_hit_SV"
 PUBLISHED_PHI = re.compile(r"quantize\.quant_resi\.(?:qresi|(?:qresi_ls\.)?(\d+))\.(weight|bias)")
@@ -27,26 +29,43 @@ def from_published(
 ) -> dict[str, Tensor] | None:
     """See `VarTokenizer.from_published`."""
     if PUBLISHED_CODES not in state:
-        return None
+        return _of_another_schedule(tokenizer, state)
     ours = {_our_name(name): tensor for name, tensor in state.items()}
     buffers = {name for name, _ in tokenizer.named_buffers()}
     counters = {name: t for name, t in tokenizer.state_dict().items() if name in buffers}
+    if COSINE in counters:
+        counters[COSINE] = torch.tensor(False)  # the published code looks up by distance
     if "hits" in ours and ours["hits"].shape != counters["hits"].shape:
         del ours["hits"]
     return {**counters, **ours}
 
 
+def _of_another_schedule(
+    tokenizer: VarTokenizer, state: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """Our own weights without the usage counts of another number of scales; else None.
+
+    One convolution a scale cannot serve other scales: such weights stay as they are, and so unfit.
+    """
+    hits = state.get("hits")
+    fits = hits is None or len(hits) == len(tokenizer.hits)
+    if fits or tokenizer.params.phi == "per-scale":
+        return None
+    return {**state, "hits": torch.zeros_like(tokenizer.hits)}
+
+
 def to_published(tokenizer: VarTokenizer) -> dict[str, Tensor]:
-    """See `VarTokenizer.to_published`."""
-    state = tokenizer.state_dict()
-    if CODES not in state or "autoencoder.quant_conv.weight" not in state:
-        p = tokenizer.params
+    """See `VarTokenizer.to_published`. The codes are the codebook's `published_codes()`."""
+    state, p = tokenizer.state_dict(), tokenizer.params
+    codes = getattr(tokenizer.codebook, "published_codes", None)
+    if codes is None or "autoencoder.quant_conv.weight" not in state:
         raise ValueError(
-            "only the autoencoder `cnn` with the codebook `vq` has a published layout, not "
-            f"`{p.autoencoder.name}` with `{p.codebook.name}`"
+            "only the autoencoder `cnn` with a codebook that is a table (`vq`, `simvq`) has a "
+            f"published layout, not `{p.autoencoder.name}` with `{p.codebook.name}`"
         )
-    names = {name: _published_name(name, tokenizer.params.phi) for name in state}
-    return {names[name]: tensor for name, tensor in state.items() if names[name]}
+    names = {name: _published_name(name, p.phi) for name in state}
+    published = {names[name]: tensor for name, tensor in state.items() if names[name]}
+    return {**published, PUBLISHED_CODES: codes()}
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -59,9 +78,11 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
         facts["resolution count"] = str(len(levels))
     if (codes := state.get(CODES)) is not None:
         facts["code count"], facts["code width"] = map(str, codes.shape)
+    if (cosine := state.get(COSINE)) is not None:
+        facts["codebook lookup"] = "cosine" if cosine else "euclidean"
     if (hits := state.get("hits")) is not None:
         facts["scale count"] = str(len(hits))
-    if codes is not None:
+    if facts:
         facts["phi convolution count"] = str(len({n for n in state if re.match(r"phi\.\d+\.w", n)}))
     return facts
 
@@ -82,4 +103,4 @@ def _published_name(name: str, phi: str) -> str | None:
         _, index, kind = name.split(".")
         place = {"shared": "qresi", "partial": f"qresi_ls.{index}", "per-scale": index}[phi]
         return f"quantize.quant_resi.{place}.{kind}"
-    return {CODES: PUBLISHED_CODES, "hits": PUBLISHED_HITS}.get(name)
+    return {"hits": PUBLISHED_HITS}.get(name)

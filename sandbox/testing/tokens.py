@@ -3,7 +3,8 @@
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sandbox.interfaces import Autoencoder, Codebook, Tokenizer, TrainableTokenizer
 from sandbox.layout import Layout
@@ -19,6 +20,8 @@ from sandbox.testing.claims import (
     randomly,
     scalars,
 )
+
+NUM_STEPS_TO_REVIVE = 1000
 
 
 def layout_law(layout: Layout) -> None:
@@ -90,22 +93,76 @@ def trainable_tokenizer_law(tokenizer: TrainableTokenizer, seed: int = 0) -> Non
 
 
 def codebook_law(codebook: Codebook, seed: int = 0) -> None:
-    """The nearest code is nearest, an embedded id is its own nearest; also after it has learned."""
+    """The nearest code is nearest, an embedded id is its own nearest; also after it has learned.
+
+    Codes that learn by gradient get one, so do the vectors from a `penalty`; where the settings
+    have `restart`, codes that nothing is near to are put where the data is.
+    """
     module, rng, v = as_module(codebook), randomly(seed), codebook.vocab_size
-    vectors = torch.randn(32, codebook.code_dim, generator=rng)
+    holds(codebook.lookup in ("euclidean", "cosine"), "lookup is `euclidean` or `cosine`")
+    vectors = torch.randn(max(32, v), codebook.code_dim, generator=rng)
     optimizer = an_optimizer(module)
     for progress in (0.0, 1.0):
-        ids = codebook.nearest(vectors)
-        ids_lie_within(ids, (32,), v, "nearest")
-        codes = codebook.embed(torch.arange(v)).detach()
-        holds(codes.shape == (v, codebook.code_dim), "embed gives a code vector an id")
-        distances = torch.cdist(vectors.double(), codes.double())
-        agree(distances[torch.arange(32), ids], distances.amin(1), "no other code is nearer")
-        agree(codes[codebook.nearest(codes)], codes, "a code is the nearest to itself")
-        agree(codebook.embed(ids.view(4, 8)).detach(), codes[ids].view(4, 8, -1), "any axes", 0)
+        _looks_up(codebook, vectors[:32])
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            learns(module, codebook.embed(torch.arange(v)).square().sum())
+        _penalizes(codebook, vectors[:32])
         codebook.seed(vectors, 0, 1)
         codebook.observe([vectors], [codebook.nearest(vectors)])
         scalars(codebook.after_step(optimizer, progress, rng), "after_step")
+    if getattr(getattr(codebook, "params", None), "restart", False):
+        _revives(codebook, optimizer, rng)
+
+
+def _looks_up(codebook: Codebook, vectors: Tensor) -> None:
+    ids, v = codebook.nearest(vectors), codebook.vocab_size
+    ids_lie_within(ids, (len(vectors),), v, "nearest")
+    codes = codebook.embed(torch.arange(v)).detach()
+    holds(codes.shape == (v, codebook.code_dim), "embed gives a code vector an id")
+    agree(
+        codebook.embed(ids.view(4, -1)).detach(),
+        codes[ids].view(4, -1, codebook.code_dim),
+        "any axes",
+        0,
+    )
+    seen, known = vectors.double(), codes.double()
+    if codebook.lookup == "cosine":
+        seen, known = F.normalize(seen, dim=1), F.normalize(known, dim=1)
+    distances = torch.cdist(seen, known)
+    agree(distances[torch.arange(len(ids)), ids], distances.amin(1), "no other code is nearer")
+    agree(known[codebook.nearest(codes)], known, "a code is the nearest to itself")
+
+
+def _penalizes(codebook: Codebook, vectors: Tensor) -> None:
+    penalty = getattr(codebook, "penalty", None)
+    if penalty is not None:
+        groups = [vectors[:8].clone().requires_grad_(), vectors[8:].clone().requires_grad_()]
+        loss = penalty(groups)
+        learns(as_module(codebook), loss)
+        for group in groups:
+            reached = group.grad is not None and bool(group.grad.isfinite().all())
+            holds(reached, "a finite gradient of the penalty reaches the vectors of every group")
+
+
+def _revives(codebook: Codebook, optimizer: torch.optim.Optimizer, rng: torch.Generator) -> None:
+    """Feed one cluster until every code that it never chooses has moved."""
+    place = torch.randn(1, codebook.code_dim, generator=rng)
+    cluster = place + 0.01 * torch.randn(8, codebook.code_dim, generator=rng)
+    every, moved = torch.arange(codebook.vocab_size), 0.0
+    before = codebook.embed(every).detach().clone()
+    idle = torch.ones_like(every, dtype=torch.bool)
+    idle[codebook.nearest(cluster)] = False
+    for _ in range(NUM_STEPS_TO_REVIVE):
+        codebook.observe([cluster], [codebook.nearest(cluster)])
+        found = codebook.after_step(optimizer, 0.0, rng)
+        moved += float(found.get("codes_restarted", idle.sum()))
+        after = codebook.embed(every).detach()
+        if bool((after != before).any(1)[idle].all()):
+            break
+    holds(bool((after != before).any(1)[idle].all()), "codes that nothing is near to are restarted")
+    near = (after[idle] - place).norm(dim=1) < (before[idle] - place).norm(dim=1)
+    holds(bool(near.any()) or not len(near), "restarted codes are put where the data is")
+    holds(moved >= int(idle.sum()), "codes_restarted counts the codes that were restarted")
 
 
 def autoencoder_law(autoencoder: Autoencoder, seed: int = 0) -> None:

@@ -1,0 +1,65 @@
+"""The codebook `vq` in two processes: they agree, with each other and with one that sees it all."""
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing
+
+from sandbox_plugins.codebooks import VQ
+
+NUM_STEPS = 6
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    return VQ(VQ.Params(vocab_size=8, init="normal", decay=0.5, restart_every=2, **settings), 3)
+
+
+def batch(step):
+    """Two groups for each of two processes."""
+    rng = torch.Generator().manual_seed(step)
+    return [[torch.randn(n, 3, generator=rng) for n in (2, 10)] for _ in range(2)]
+
+
+def train(codebook, batches, seed=0):
+    optimizer = torch.optim.AdamW([codebook.embedding.weight])
+    rng = torch.Generator().manual_seed(seed)
+    scalars = []
+    for groups in batches:
+        codebook.observe(groups, [codebook.nearest(group) for group in groups])
+        found = codebook.after_step(optimizer, 0.0, rng)
+        scalars.append({name: float(value) for name, value in found.items()})
+    return codebook.state_dict(), scalars
+
+
+def work(rank, folder, settings):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    batches = [batch(step)[rank] for step in range(NUM_STEPS)]
+    torch.save(train(build(**settings), batches, seed=rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def in_two_processes(folder, settings):
+    multiprocessing.spawn(work, (str(folder), settings), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"restart": False}, {"restart": False, "balance": "tokens"}, {"restart_threshold": 0.5}],
+    ids=["scales", "tokens", "restarts"],
+)
+def test_two_processes_hold_the_codes_of_one_that_sees_both_batches(tmp_path, settings):
+    (first, told), (second, also_told) = in_two_processes(tmp_path, settings)
+    assert told == also_told
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert first["num_steps"] == NUM_STEPS
+    if settings.get("restart", True):
+        assert sum(scalars["codes_restarted"] for scalars in told) > 0
+        return
+    both = [[torch.cat(pair) for pair in zip(*batch(step), strict=True)] for step in range(6)]
+    alone, _ = train(build(**settings), both)
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, alone[name], msg=name)
