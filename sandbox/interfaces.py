@@ -207,7 +207,8 @@ class Dataset(Protocol):
     """Labelled images, at random access. Built as `Class(params)`.
 
     One that holds its images in memory may also have `to(device) -> Dataset`: the same, with images
-    on that device. Indices and `rng` stay on the CPU, so the batches are the same, bit for bit.
+    on that device. Indices and `rng` stay on the CPU, so the batches are the same, bit for bit. It
+    returns itself where it cannot.
     """
 
     num_classes: int
@@ -244,7 +245,8 @@ class FeatureExtractor(Protocol):
 class Metric(Protocol):
     """A score over images, fed in batches. Built as `Class(params)`.
 
-    `paired` metrics compare image by image (PSNR, SSIM): they are for reconstructions only.
+    `paired` metrics compare image by image (PSNR, SSIM): they are for reconstructions only. One may
+    also have `higher_is_better`, which is False where it is absent.
     """
 
     paired: bool
