@@ -1,7 +1,8 @@
 """A task's curves as SVG charts: curves whose names share their first word share a chart.
 
 `loss`, `loss/scale1`, `loss/scale2` and `validation/loss` are one chart named "loss": the whole in
-black, its parts in colour (scales from dark to light, coarse to fine), validation dashed.
+black, its parts in colour (scales from dark to light, coarse to fine), validation dashed beside
+training.
 """
 
 import re
@@ -113,7 +114,7 @@ def _plot(axes: Axes, line: Line, lines: Sequence[Line]) -> None:
         values,
         color=color,
         linewidth=1.0 if line.part else 1.6,
-        linestyle="--" if line.validation else "-",
+        linestyle="--" if line.validation and _has_train(lines) else "-",
         marker="o" if len(done) < 8 else "",
         markersize=3,
         label=_legend(line, lines),
@@ -128,8 +129,11 @@ def _legend(line: Line, lines: Sequence[Line]) -> str:
         return "validation" if line.validation else "train" if len(twins) > 1 else "all"
     if line.validation and len(twins) > 1:
         return "_nolegend_"
-    has_train = any(not each.validation for each in lines)
-    return f"{part} (validation)" if line.validation and has_train else part
+    return f"{part} (validation)" if line.validation and _has_train(lines) else part
+
+
+def _has_train(lines: Sequence[Line]) -> bool:
+    return any(not line.validation for line in lines)
 
 
 def _thinned(points: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:

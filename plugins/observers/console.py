@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import sandbox
 
-from .wording import columns_of, duration, is_scalar, is_table, number, one_line
+from .wording import columns_of, duration, folded, is_scalar, is_table, number, one_line
 
 _LIST_CHARACTERS = 100
 _NUM_SCALARS = 2
@@ -142,6 +142,7 @@ class Console:
 
 def describe(result: Mapping[str, Any], indent: str = "  ") -> list[str]:
     """A task's result as aligned lines: numbers first, then the nested mappings and tables."""
+    result = folded(result)
     lines = _aligned([(k, number(v)) for k, v in result.items() if is_scalar(v)], indent)
     for key, value in result.items():
         if is_scalar(value):
@@ -150,6 +151,8 @@ def describe(result: Mapping[str, Any], indent: str = "  ") -> list[str]:
             lines += [f"{indent}{key}", *describe(value, indent + "  ")]
         elif is_table(value):
             lines += [f"{indent}{key}", *_table(value, indent + "  ")]
+        elif isinstance(value, list) and all(isinstance(each, int | float) for each in value):
+            lines.append(f"{indent}{key}  {'  '.join(map(number, value))}")
         else:
             text = json.dumps(value, default=str)
             short = text if len(text) <= _LIST_CHARACTERS else text[:_LIST_CHARACTERS] + " ..."
@@ -163,8 +166,14 @@ def _aligned(pairs: Sequence[tuple[str, str]], indent: str = "  ") -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], indent: str) -> list[str]:
+    """Columns as narrow as can be: a heading of several words (`psnr_upto`) stands on as many
+    lines, the last word beside the others'."""
     columns = columns_of(rows)
-    cells = [columns, *([number(row.get(column)) for column in columns] for row in rows)]
+    words = [column.strip("_").split("_") for column in columns]
+    height = max(map(len, words))
+    stacked = [[""] * (height - len(each)) + each for each in words]
+    cells = [list(line) for line in zip(*stacked, strict=True)]
+    cells += [[number(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return [
         indent + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from .wording import columns_of, is_scalar, is_table, number
+from .wording import columns_of, folded, is_scalar, is_table, number
 
 _WIDTH_PX = 1080
 STYLE = """
@@ -52,6 +52,7 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
 td.best { font-weight: 700; } td figure { margin: 4px 0; }
 .bar { display: inline-block; vertical-align: middle; width: 120px; height: 9px;
   background: #f0f0ec; margin-right: 8px; }
+td.share { white-space: nowrap; } td.share .bar { width: 56px; }
 .bar i { display: block; height: 100%; background: var(--accent); }
 pre { font: 12.5px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; background: #f7f7f4;
   padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -106,7 +107,9 @@ def facts(values: Mapping[str, Any], caption: str | None = None) -> Html:
     """A table of labels and values; values may be nested."""
     if not values:
         return Html()
-    rows = [tag("tr", tag("th", key), tag("td", show(value))) for key, value in values.items()]
+    rows = [
+        tag("tr", tag("th", key), tag("td", show(value))) for key, value in folded(values).items()
+    ]
     return tag("table", *([tag("caption", caption)] if caption else []), *rows)
 
 
@@ -117,7 +120,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], bars: Sequence[str] = ()) -> H
     for column in columns:
         values = [row.get(column) for row in rows]
         numeric = all(isinstance(v, int | float) for v in values) and column not in bars
-        head.append(tag("th", column, class_="number" if numeric else None))
+        head.append(tag("th", _breakable(column), class_="number" if numeric else None))
     body = [
         tag("tr", *(_with_bar(row.get(c)) if c in bars else cell(row.get(c)) for c in columns))
         for row in rows
@@ -127,8 +130,13 @@ def rows_table(rows: Sequence[Mapping[str, Any]], bars: Sequence[str] = ()) -> H
 
 def _with_bar(value: Any) -> Html:
     if isinstance(value, int | float) and 0 <= value <= 1:
-        return tag("td", bar(value), f"{100 * value:.0f} %")
+        return tag("td", bar(value), f"{100 * value:.0f} %", class_="share")
     return cell(value)
+
+
+def _breakable(name: str) -> Html:
+    """A name that may go on in the next line after each underscore."""
+    return Html(html.escape(name).replace("_", "_<wbr>"))
 
 
 def bar(share: float) -> Html:

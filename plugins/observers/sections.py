@@ -1,21 +1,35 @@
 """The parts of the report, each from a run record to HTML; one with nothing to say is empty."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from . import charts
 from .findings import direction, key_scores, kind_of, seconds_per_image, split_score
 from .page import Html, bar, cell, facts, join, picture, rows_table, section, show, tag
 from .record import RunRecord, TaskRecord
-from .wording import duration, is_table, number
+from .wording import columns_of, duration, is_table, number
 
 _ARROW = {1: "higher is better", -1: "lower is better", 0: ""}
 _NUM_TILES = 8
 _NUM_EARLIER = 5
 _EARLIER_PX = 340
+_SHARES = ("usage", "residual", "ids_changed", "of_kmeans")
+_MEANINGS = {
+    "used": "codes drawn",
+    "usage": "their share of those that could have been",
+    "perplexity": "as many codes, used evenly, would be as rich",
+    "entropy": "the same in nats",
+    "residual": "share of the features' variance still missing after the scale",
+    "psnr_upto": "dB from the scales so far alone",
+    "ids_changed": "share of the ids that differ from the measurement before",
+    "kmeans_perplexity": "of as many k-means codes for this scale by itself",
+    "kmeans_shared_perplexity": "of as many for all scales together",
+    "of_kmeans": "perplexity over kmeans_perplexity",
+}
 
 
 def header(run: RunRecord) -> Html:
@@ -130,8 +144,14 @@ def codebooks(run: RunRecord) -> Html:
     for task in run.tasks.values():
         rows = task.result.get("codebook")
         if is_table(rows):
-            shown += [tag("h3", task.label), rows_table(rows, bars=("usage",))]
+            shown += [tag("h3", task.label), rows_table(rows, bars=_SHARES), _legend(rows)]
     return section("Codebook by scale", *shown)
+
+
+def _legend(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """What the columns that need it mean."""
+    known = [f"{name}: {_MEANINGS[name]}" for name in columns_of(rows) if name in _MEANINGS]
+    return tag("p", "; ".join(known), class_="soft") if known else Html()
 
 
 def curves(run: RunRecord) -> Html:

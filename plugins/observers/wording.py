@@ -51,6 +51,22 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
+def folded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with `used/scale1`, `used/scale2`, ... as one list, `used by scale`."""
+    lists: dict[str, list[Any]] = {}
+    for key, value in values.items():
+        name, _, scale = str(key).partition("/scale")
+        if scale == str(len(lists.get(name, ())) + 1) and isinstance(value, int | float):
+            lists.setdefault(name, []).append(value)
+    lists = {name: each for name, each in lists.items() if len(each) > 1}
+    short: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, scale = str(key).partition("/scale")
+        taken = name in lists and scale in map(str, range(1, len(lists[name]) + 1))
+        short[f"{name} by scale" if taken else key] = lists[name] if taken else value
+    return short
+
+
 def one_line(error: BaseException | str) -> str:
     """The first line of an error, or its type where it says nothing (Ctrl-C)."""
     text = str(error).strip()

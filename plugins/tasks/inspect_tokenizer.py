@@ -12,7 +12,7 @@ import sandbox
 from .health import Health
 from .kmeans import MAX_VECTORS, kmeans_perplexity
 from .pictures import tokenizer_pictures
-from .precisions import encoder_precisions, precision_rows
+from .precisions import compare_precisions, encoder_precisions
 
 
 class InspectTokenizer:
@@ -68,7 +68,7 @@ class InspectTokenizer:
             self._add_kmeans(run, health.rows)
         result["codebook"] = health.rows
         if params.precisions:
-            result["precisions"] = precision_rows(
+            result["precisions"] = compare_precisions(
                 run, tokenizer, params.num_images, params.batch_size
             )
             if "TF32" not in encoder_precisions(run.device):

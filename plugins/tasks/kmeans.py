@@ -119,4 +119,4 @@ def _nearest(
 def _perplexity(vectors: Float[Tensor, "n c"], centers: Float[Tensor, "k c"]) -> float:
     counts = torch.bincount(_nearest(vectors, centers)[0], minlength=len(centers)).double()
     share = counts / counts.sum()
-    return float(-torch.special.xlogy(share, share).sum().exp())
+    return float((-torch.special.xlogy(share, share).sum()).exp())

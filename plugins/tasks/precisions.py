@@ -25,11 +25,14 @@ def encoder_precisions(device: torch.device) -> dict[str, _Setting]:
 
 
 @torch.no_grad()
-def precision_rows(
+def compare_precisions(
     run: sandbox.Run, tokenizer: Any, num_images: int | None, batch_size: int
-) -> list[dict[str, float | str]]:
-    """One row a precision: `psnr` (dB), and per scale the share of ids that are not those of exact
-    float32, `changed/scalek`."""
+) -> dict[str, Any]:
+    """What an encoder's precision does to its ids.
+
+    `psnr`: by precision, in dB. `ids_changed`: one row a scale with, by precision, the share of the
+    ids that are not those of exact float32.
+    """
     settings, layout = encoder_precisions(run.device), tokenizer.layout
     changed = torch.zeros(len(settings), layout.seq_len, dtype=torch.float64, device=run.device)
     decibel, count = torch.zeros(len(settings), dtype=torch.float64, device=run.device), 0
@@ -46,14 +49,17 @@ def precision_rows(
             error = (made - images).square().flatten(1).mean(1).double()
             decibel[row] -= 10 * torch.log10(error.clamp_min(1e-12) / 4).sum()
         count += len(images)
-    rows: list[dict[str, float | str]] = []
-    level = layout.level_of()
-    for name, shares, score in zip(settings, changed.cpu() / count, decibel.tolist(), strict=True):
-        row: dict[str, float | str] = {"encoder": name, "psnr": round(score / count, 3)}
-        for scale in range(layout.num_levels):
-            row[f"changed/scale{scale + 1}"] = round(float(shares[level == scale].mean()), 5)
-        rows.append(row)
-    return rows
+    psnr = [round(score / count, 3) for score in decibel.tolist()]
+    level, shares = layout.level_of(), changed.cpu() / count
+    rows: list[dict[str, float]] = [
+        {"scale": scale + 1}
+        | {
+            name: round(float(share[level == scale].mean()), 5)
+            for name, share in list(zip(settings, shares, strict=True))[1:]
+        }
+        for scale in range(layout.num_levels)
+    ]
+    return {"psnr": dict(zip(settings, psnr, strict=True)), "ids_changed": rows}
 
 
 @contextmanager

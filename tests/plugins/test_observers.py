@@ -19,9 +19,11 @@ from PIL import Image
 import sandbox
 from sandbox_plugins.observers import Console, JsonLines, Report, TensorBoard, write_report
 from sandbox_plugins.observers.charts import draw, group
+from sandbox_plugins.observers.console import describe
 from sandbox_plugins.observers.findings import key_scores
+from sandbox_plugins.observers.page import facts
 from sandbox_plugins.observers.record import read_run
-from sandbox_plugins.observers.wording import duration, number
+from sandbox_plugins.observers.wording import duration, folded, number
 
 NASTY = "<script>alert('x')</script>&\""
 CODEBOOK = [
@@ -110,7 +112,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
         self.loads += [v for k, v in attributes if k in ("src", "href", "xlink:href", "srcset")]
 
@@ -243,6 +245,45 @@ def test_curves_with_one_first_word_share_a_chart():
         "lr": 1,
     }
     assert [line.validation for line in charts["loss"]] == [False, False, True, True]
+
+
+def test_a_chart_is_dashed_for_validation_only_beside_training():
+    points = {1: 1.0, 2: 2.0}
+    names = ["validation/perplexity/scale1", "validation/perplexity/scale2", "loss", "val/loss"]
+    charts = group(dict.fromkeys(names, points))
+    assert "stroke-dasharray" not in draw("perplexity", charts["perplexity"])
+    assert "stroke-dasharray" in draw("loss", charts["loss"])
+
+
+def test_scores_by_scale_are_one_line_each():
+    scores = {"l2": 0.1, "used/scale1": 3, "used/scale2": 5, "kept/scale1": 1, "odd/scale2": 2}
+    assert folded(scores) == {
+        "l2": 0.1, "used by scale": [3, 5], "kept/scale1": 1, "odd/scale2": 2,
+    }  # fmt: skip
+    assert "    used by scale  3  5" in describe({"validation": scores})
+    page = facts({"validation": scores})
+    assert "<th>used by scale</th><td>3, 5</td>" in page
+
+
+def test_a_wide_table_has_its_headings_on_several_lines():
+    rows = [{"scale": 1, "psnr_upto": 17.25, "kmeans_shared_perplexity": 50.5}]
+    assert [line.split() for line in describe({"codebook": rows})] == [
+        ["codebook"],
+        ["kmeans"],
+        ["psnr", "shared"],
+        ["scale", "upto", "perplexity"],
+        ["1", "17.25", "50.5"],
+    ]
+
+
+def test_the_codebook_table_explains_its_columns_and_draws_shares(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [row | {"residual": 0.25, "of_kmeans": 0.5, "psnr_upto": 20.5} for row in CODEBOOK]
+    (folder / TOKENIZER / "result.json").write_text(json.dumps({"codebook": rows}))
+    page = page_of(folder)
+    assert page.count('style="width:25.0%"') == 2 and page.count('style="width:50.0%"') == 2
+    assert "residual: share of the features" in page and "psnr_<wbr>upto" in page
+    assert "ids_changed: " not in page and Reader(page).open == []
 
 
 @settings(max_examples=12)  # a chart takes a tenth of a second

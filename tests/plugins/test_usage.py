@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import Layout
-from sandbox_plugins.tasks.usage import CodebookUsage
+from sandbox_plugins.tasks.usage import CodebookUsage, usage_rows
 
 LAYOUTS = [Layout.pyramid(1, 2, 3), Layout.pyramid((1, 2), (2, 3)), Layout.raster(2, 3)]
 
@@ -53,6 +53,15 @@ def test_a_level_that_uses_every_code_equally_has_full_usage_and_perplexity():
     result = usage.compute()
     assert result["usage"] == [0.5, 1.0]  # the first level drew twice, so at most two codes
     assert result["perplexity"] == pytest.approx([1.0, 4.0])
+    rows = usage_rows(layout, usage)
+    assert [row["entropy"] for row in rows] == [0.0, round(math.log(4), 3)]
+    assert usage.dead_codes() == 0
+
+
+def test_a_code_is_dead_where_no_level_draws_it():
+    usage = CodebookUsage(Layout.pyramid(1, 2), 6)
+    usage.update(torch.tensor([[3, 0, 0, 0, 0], [3, 0, 1, 1, 1]]))
+    assert usage.dead_codes() == 3
 
 
 def test_ids_of_another_layout_or_outside_the_vocabulary_are_refused():
