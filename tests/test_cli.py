@@ -393,6 +393,17 @@ def test_what_has_no_published_layout_is_not_exported(project):
     assert "no such recipe" in one_line(project.sandbox("export", "nowhere", "out"), 2)
 
 
+def test_own_weights_are_exported_for_other_recipes(project):
+    assert project.sandbox("run", "tiny.yaml").status == 0
+    outcome = project.sandbox(
+        "export", "runs/tiny", "out", "--layout", "own", "--dtype", "bfloat16"
+    )
+    assert (outcome.status, outcome.out) == (0, "out/tokenizer.safetensors\n")
+    again = ["--set", "weights.tokenizer=out/tokenizer.safetensors", "--out", "runs/again"]
+    assert project.sandbox("run", "tiny.yaml", *again).status == 0
+    assert project.sandbox("export", "runs/tiny", "out", "--layout", "theirs").status == 2
+
+
 def test_what_has_no_weights_is_not_exported(project):
     told = one_line(project.sandbox("export", "sampling.yaml", "out"), 2)
     assert told == "the tokenizer has no trained weights to export"

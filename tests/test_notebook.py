@@ -140,3 +140,38 @@ def test_exported_weights_serve_another_recipe_as_its_weights(run, folder, tmp_p
     labels = torch.tensor([0, 1, 2])
     images = run.generator.generate(labels, torch.Generator().manual_seed(0))
     assert torch.equal(images, other.generator.generate(labels, torch.Generator().manual_seed(0)))
+
+
+def test_own_weights_are_exported_in_half_precision_where_they_are_large(run, folder, tmp_path):
+    paths = sandbox.export(run, tmp_path, layout="own", dtype="bfloat16")
+    assert [path.name for path in paths] == ["tokenizer.safetensors", "generator.safetensors"]
+    for path, module in zip(paths, (run.tokenizer, run.generator.network), strict=True):
+        kept, _ = sandbox.read_tensors(path)
+        own = module.state_dict()
+        assert kept.keys() == own.keys()
+        for name, tensor in own.items():
+            large = tensor.is_floating_point() and tensor.numel() > 1024
+            assert kept[name].dtype == (torch.bfloat16 if large else tensor.dtype), name
+            torch.testing.assert_close(kept[name].to(tensor.dtype), tensor, rtol=4e-3, atol=0)
+        assert any(tensor.dtype == torch.bfloat16 for tensor in kept.values())
+    words = [f"weights.{path.stem}={path}" for path in paths]
+    other = sandbox.load(folder.parent / "tiny.yaml", *words, device="cpu")
+    assert {t.dtype for t in other.generator.network.parameters()} == {torch.float32}
+    images = other.generator.generate(torch.tensor([0, 1]), torch.Generator().manual_seed(0))
+    assert bool(images.isfinite().all())
+
+
+def test_published_weights_load_from_half_precision_too(run, folder, tmp_path):
+    vae, var = sandbox.export(run, tmp_path, dtype="bfloat16")
+    words = [f"weights.tokenizer={vae}", f"weights.generator={var}"]
+    other = sandbox.load(folder.parent / "tiny.yaml", *words, device="cpu")
+    for name, tensor in run.generator.network.state_dict().items():
+        found = other.generator.network.state_dict()[name]
+        torch.testing.assert_close(found, tensor, rtol=4e-3, atol=0)
+
+
+def test_an_unknown_layout_or_type_is_refused(run, tmp_path):
+    with pytest.raises(sandbox.SandboxError, match="'theirs' is none of published, own"):
+        sandbox.export(run, tmp_path, layout="theirs")
+    with pytest.raises(sandbox.SandboxError, match="'int8' is none of float32, bfloat16"):
+        sandbox.export(run, tmp_path, dtype="int8")

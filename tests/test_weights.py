@@ -253,3 +253,45 @@ def test_nothing_is_fetched_for_a_local_file(kept, monkeypatch):
     hub = Hub(monkeypatch)
     assert locate(str(kept), "generator") == (Path(kept), None)
     assert not hub.asked
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that brings a file of weights."""
+    folder = tmp_path / "bringing_weights"
+    (folder / "weights").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    write_tensors(folder / "weights" / "small.safetensors", small().state_dict())
+    monkeypatch.syspath_prepend(tmp_path)
+    return "package://bringing_weights/weights/small.safetensors"
+
+
+def test_the_weights_of_an_installed_package_are_loaded(package):
+    module = small(1)
+    digest = load_weights(module, package, "generator")
+    assert same(module, small())
+    load_weights(module, f"{package}#sha256={digest}", "generator")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("package://bringing_weights/weights/smal.safetensors", "mean 'weights/small.safetensors'"),
+        ("package://bringing_weights/x.pth", "(there: weights/small.safetensors)"),
+        ("package://not_installed/x.safetensors", "no package 'not_installed' is installed here"),
+        ("package://json.decoder/x.safetensors", "no package 'json.decoder' is installed here"),
+        ("package://bringing_weights", "expected package://package/path/to/file"),
+        ("package://bringing_weights/../x.pth", "expected package://package/path/to/file"),
+    ],
+)
+def test_what_a_package_does_not_bring_is_refused(package, source, told):
+    assert told in refusal(small(1), source)
+
+
+def test_half_precision_files_load_into_full_precision_modules(tmp_path):
+    half = {name: tensor.bfloat16() for name, tensor in small().state_dict().items()}
+    write_tensors(tmp_path / "half.safetensors", half)
+    module = small(1)
+    load_weights(module, str(tmp_path / "half.safetensors"), "generator")
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, half[name].float())

@@ -82,12 +82,13 @@ def part(cls, **settings):
     return Part(cls.__name__, cls, cls.Params(**settings))
 
 
-def build(layout, sampler=None, objective=None, **backbone):
+def build(layout, sampler=None, objective=None, token_noise=0.0, **backbone):
     backbone = {"depth": 2, "width": 32, "num_heads": 2, **backbone}
     params = Autoregressive.Params(
         backbone=part(VAR, attention=part(SdpaAttention), **backbone),
         sampler=sampler or part(TopKTopP),
         objective=objective or part(CrossEntropy),
+        token_noise=token_noise,
     )
     tokenizer = ToyTokenizer(layout)
     return Autoregressive(params, Subject(tokenizer.image_size, 4, tokenizer))
@@ -133,6 +134,73 @@ def test_the_loss_is_the_mean_over_tokens_and_its_parts_add_up(layout, seed):
         for name, span in zip(scales, layout.spans, strict=True):
             torch.testing.assert_close(losses.parts[name], per_token[:, span].mean().detach())
     assert not any(value.requires_grad for value in losses.parts.values())
+
+
+class Listening(torch.nn.Module):
+    """A network that keeps the contexts it read; `calls` counts those of the module itself."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size, self.read, self.calls = vocab_size, None, 0
+
+    def __call__(self, contexts, labels):
+        self.calls += 1
+        return super().__call__(contexts, labels)
+
+    def forward(self, contexts, labels):
+        self.read = contexts
+        return torch.zeros(*contexts.shape[:2], self.vocab_size)
+
+
+def listening(token_noise, training):
+    generator = build(Layout.pyramid(1, 2, 8), token_noise=token_noise)
+    generator.network = Listening(generator.tokenizer.vocab_size).train(training)
+    ids = torch.randint(13, (40, generator.layout.seq_len), generator=rng())
+    return generator, ids, generator.tokenizer.contexts(ids)
+
+
+def test_token_noise_disturbs_what_is_read_in_training_and_nothing_else():
+    generator, ids, clean = listening(token_noise=0.2, training=True)
+    seen = []
+    generator.objective.losses = lambda logits, targets, layout: (
+        seen.append(targets) or logits.sum(-1)
+    )
+    generator.loss(ids, torch.zeros(40, dtype=torch.long))
+    assert torch.equal(seen[0], ids)
+    moved = (generator.network.read[:, 1:5] != clean[:, 1:5]).any(-1).any(-1)
+    assert 0.02 < moved.float().mean() < 0.5  # the first token: 0.2 x 12/13 of the images
+    assert torch.equal(generator.network.read[:, 0], clean[:, 0])
+    torch.manual_seed(1)  # with 0 the noise would be the ids themselves
+    disturbed = generator._disturbed(ids)
+    assert 0.14 < (disturbed != ids).float().mean() < 0.23
+    assert disturbed.min() >= 0 and disturbed.max() == 12
+
+
+@pytest.mark.parametrize(("token_noise", "training"), [(0.0, True), (0.5, False)])
+def test_without_noise_or_training_the_true_ids_are_read(token_noise, training):
+    generator, ids, clean = listening(token_noise, training)
+    generator.loss(ids, torch.zeros(40, dtype=torch.long))
+    assert torch.equal(generator.network.read, clean)
+
+
+def test_a_compiled_network_is_called_as_such_in_training_alone():
+    generator, ids, _ = listening(0.0, training=True)
+    labels = torch.zeros(40, dtype=torch.long)
+    generator.loss(ids, labels)
+    assert generator.network.calls == 1
+    generator.network.eval()
+    generator.loss(ids, labels)
+    assert generator.network.calls == 1
+
+
+def test_the_losses_of_scales_do_not_lose_digits_in_autocast():
+    generator = awake(build(Layout.pyramid(1, 2, 4), label_dropout=0.0))
+    ids = generator.prepare(images_for(generator, 0))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = generator.loss(ids, LABELS)
+    parts = [losses.parts[f"loss/scale{k}"] for k in (1, 2, 3)]
+    together = sum(part * count for part, count in zip(parts, (1, 4, 16), strict=True)) / 21
+    torch.testing.assert_close(together, losses.total.detach())
 
 
 @given(layout=layouts, seed=seeds, guidance=st.sampled_from([0.0, 2.0]))
