@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "distributed": ["all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
+    "distributed": ["agree", "all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
     "errors": ["RunError", "SandboxError"],
     "hooks": ["Register", "hookimpl"],
     "interfaces": [
@@ -36,7 +36,7 @@ _HOME = {
         "write_json",
         "write_tensors",
     ],
-    "loading": ["stream", "sweep"],
+    "loading": ["ahead", "stream", "sweep", "to_device"],
     "notebook": ["export", "load"],
     "parts": ["Params", "Part"],
     "pictures": ["to_rgb"],

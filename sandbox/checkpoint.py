@@ -106,8 +106,8 @@ class Checkpoints:
 def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name += f"#{len(tensors)}"  # unique also where keys hold slashes, or 0 and "0" are two
-        # safetensors refuses shared storage and loses scalars' strides: store plain copies
-        tensors[name] = value.detach().cpu().clone()
+        # safetensors refuses shared storage and strides: store plain copies
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
         items = [

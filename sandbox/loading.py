@@ -2,10 +2,11 @@
 
 The clock is images seen: position `i` belongs to epoch `i // size`, whose permutation and whose
 augmentation derive from the seed. So a loader started at any batch goes on exactly as one that came
-from the beginning, with any number of worker processes.
+from the beginning, with any number of worker processes, and wherever the images lie.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -28,22 +29,29 @@ def stream(
     seed: int,
     start: int = 0,
     num_workers: int = 0,
+    device: torch.device | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
-    """Endless shuffled batches, from the one that begins at image number `start`."""
+    """Endless shuffled batches, from the one that begins at image number `start`.
+
+    They lie on `device` where it is given: a GPU holds the whole data set where that offers it,
+    else it is sent each batch while the one before is used. A share `(i, n)` is the i-th of n equal
+    parts of every batch, for one of several processes; its augmentation is its own.
+    """
     if dataset.size(split) < 1:
         raise SandboxError(f"the data set has no {split} images")
-    batches = _Batches(dataset, split, batch_size, seed, start)
-    if num_workers == 0:
+    if batch_size % share[1]:
+        raise SandboxError(f"a batch of {batch_size} has no {share[1]} equal shares")
+    held = dataset
+    if device is not None and device.type == "cuda" and hasattr(dataset, "to"):
+        held = dataset.to(device)
+    batches = _Batches(held, split, batch_size, seed, start, share)
+    if held is not dataset:
         return (batches[number] for number in _count())
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=_Count(),
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        generator=generator("cpu", seed),  # or it would draw from the global stream, as dropout
-    )
-    return iter(loader)
+    loaded = _loaded(batches, num_workers)
+    if device is None or device.type == "cpu":
+        return loaded
+    return ahead(loaded, device)
 
 
 def sweep(
@@ -56,20 +64,66 @@ def sweep(
         yield dataset.batch(split, indices, generator("cpu", seed, split, "sweep", begin))
 
 
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Endless `batches` on `device`; a thread loads each while the one before it is used.
+
+    What goes wrong in the thread is raised here, at the batch that it concerns.
+    """
+    pool = ThreadPoolExecutor(1, "batches")
+    try:
+        coming = pool.submit(_pinned, batches, device)
+        while True:
+            batch = coming.result()
+            coming = pool.submit(_pinned, batches, device)
+            yield Batch(to_device(batch.images, device), to_device(batch.labels, device))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; where that is a GPU, the host does not wait for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _pinned(batches: Iterator[Batch], device: torch.device) -> Batch:
+    batch = next(batches)
+    if device.type != "cuda":
+        return batch
+    return Batch(batch.images.pin_memory(), batch.labels.pin_memory())
+
+
+def _loaded(batches: "_Batches", num_workers: int) -> Iterator[Batch]:
+    if num_workers == 0:
+        yield from (batches[number] for number in _count())
+    yield from DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Count(),
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        generator=generator("cpu", batches.seed),  # else it draws from the stream of dropout
+    )
+
+
 class _Batches(TorchDataset[Batch]):
     def __init__(
-        self, dataset: Dataset, split: Split, batch_size: int, seed: int, start: int
+        self,
+        dataset: Dataset,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        start: int,
+        share: tuple[int, int],
     ) -> None:
-        self.dataset, self.split, self.batch_size = dataset, split, batch_size
-        self.seed, self.start = seed, start
+        self.dataset, self.split, self.seed = dataset, split, seed
+        self.batch_size, self.num = batch_size, batch_size // share[1]
+        self.start = start + share[0] * self.num
 
     def __getitem__(self, number: int) -> Batch:
         begin = self.start + number * self.batch_size
-        size = self.dataset.size(self.split)
-        positions = range(begin, begin + self.batch_size)
-        indices = torch.stack(
-            [_permutation(size, self.seed, i // size)[i % size] for i in positions]
-        )
+        indices = _indices(self.dataset.size(self.split), self.seed, begin, self.num)
         return self.dataset.batch(
             self.split, indices, generator("cpu", self.seed, self.split, begin)
         )
@@ -92,6 +146,16 @@ def _count() -> Iterator[int]:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _indices(size: int, seed: int, begin: int, num: int) -> Tensor:
+    """Which images stand at the positions `begin` to `begin + num`."""
+    pieces = []
+    while num > 0:
+        epoch, offset = divmod(begin, size)
+        pieces.append(_permutation(size, seed, epoch)[offset : offset + num])
+        begin, num = begin + len(pieces[-1]), num - len(pieces[-1])
+    return torch.cat(pieces)
 
 
 @lru_cache(maxsize=4)

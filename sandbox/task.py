@@ -74,6 +74,9 @@ class Task(Protocol):
     """One stage of a run: train, sample, evaluate. Built as `Class(params)`.
 
     The result (JSON values) is kept in the task's folder; a task whose result is there is skipped.
+    Of several processes only the first runs a task, unless the class says `parallel = True`: then
+    all call `run`, as tasks that train do; `sandbox.rank()` tells which one it is, and what the
+    task makes of the run's folder by other means than `Run` the first one alone may write.
     A task that was stopped half-way is called again and goes on from what it kept; what it kept in
     `checkpoints` there is deleted once it has a result.
     """

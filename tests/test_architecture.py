@@ -23,10 +23,11 @@ LAYERS = [
     {"interfaces", "judges", "registry"},
     {"checkpoint", "loading", "sampling", "plugins", "task", "provenance", "describe"},
     {"recipe", "weights"},
-    {"assembly"},
+    {"assembly", "record"},
     {"run"},
     {"notebook", "scaffold"},
     {"cli"},
+    {"__main__"},
 ]
 """The core's modules, lowest first. A module imports from layers below its own, never its own."""
 

@@ -83,13 +83,13 @@ def log(folder):
 
 def results(folder):
     found = [json.loads((folder / label / "result.json").read_text()) for label in LABELS]
-    return [{k: v for k, v in result.items() if "seconds" not in k} for result in found]
+    return [{k: v for k, v in result.items() if "second" not in k} for result in found]
 
 
 def points(folder):
     """The points of the curves, without what a clock says."""
     return [
-        (e["task"], e["done"], {k: v for k, v in e["scalars"].items() if "seconds" not in k})
+        (e["task"], e["done"], {k: v for k, v in e["scalars"].items() if "second" not in k})
         for e in log(folder)
         if e["event"] == "step"
     ]
@@ -124,7 +124,7 @@ def test_the_codebook_was_restarted_so_that_resuming_has_something_to_get_wrong(
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(16, "int16"), (40_000, "int32")])
 def test_the_cache_holds_the_very_ids(start, tmp_path, vocab_size, dtype):
-    words = [f"tokenizer.codebook={{name: vq, vocab_size: {vocab_size}, restart: false}}"]
+    words = [f"tokenizer.codebook={{name: vq, vocab_size: {vocab_size}, init: uniform}}"]
     words += ["tasks.0.num_images=16", "tasks.1.num_images=16", "tasks.2.num_images=1"]
     start(tmp_path / "run", *words)
     run = sandbox.load(tmp_path / "run", device="cpu")

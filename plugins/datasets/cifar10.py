@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sandbox
 
-from .images import check_indices, from_bytes, randomly_flipped, randomly_shifted
+from .images import check_indices, from_bytes, moved, randomly_flipped, randomly_shifted
 
 _TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 _TEST = "test_batch.bin"
@@ -52,28 +52,32 @@ class Cifar10:
         root = params.root.expanduser()
         optional = _TRAIN[1:] if params.allow_partial else []
         train = [name for name in _TRAIN if name not in optional or (root / name).exists()]
-        self._records = {
-            "train": np.concatenate([self._read(root / name) for name in train]),
-            "validation": self._read(root / _TEST),
-        }
+        self._images, self._labels = {}, {}
+        for split, names in (("train", train), ("validation", [_TEST])):
+            records = torch.from_numpy(np.concatenate([self._read(root / name) for name in names]))
+            images = rearrange(records[:, 1:], "n (c h w) -> n c h w", c=3, h=32)
+            self._images[split] = images.contiguous()
+            self._labels[split] = records[:, 0].long()
 
     def size(self, split: sandbox.Split) -> int:
-        return len(self._records[split])
+        return len(self._labels[split])
+
+    def to(self, device: torch.device) -> "Cifar10":
+        """The same with its images on `device`, as bytes (176 MiB)."""
+        return moved(self, device)
 
     def batch(
         self, split: sandbox.Split, indices: Int[Tensor, " b"], rng: torch.Generator
     ) -> sandbox.Batch:
         """The images at `indices`, in file order; only training images are augmented."""
         check_indices(indices, self.size(split))
-        records = torch.from_numpy(self._records[split][indices.numpy()])
-        images: UInt8[Tensor, "b 3 h w"] = rearrange(
-            records[:, 1:], "b (c h w) -> b c h w", c=3, h=32
-        )
+        rows = sandbox.to_device(indices, self._labels[split].device)
+        images: UInt8[Tensor, "b 3 h w"] = self._images[split][rows]
         if split == "train" and self._params.pad_crop_px:
             images = randomly_shifted(images, self._params.pad_crop_px, rng)
         if split == "train" and self._params.flip:
             images = randomly_flipped(images, rng)
-        return sandbox.Batch(from_bytes(images), records[:, 0].long())
+        return sandbox.Batch(from_bytes(images), self._labels[split][rows])
 
     def _read(self, path: Path) -> np.ndarray:
         """The records of one file, `n 3073`: a label, then the red, green and blue planes."""

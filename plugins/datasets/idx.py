@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import sandbox
 
-from .images import ImageSize, check_indices, from_bytes
+from .images import ImageSize, check_indices, from_bytes, moved
 
 _FILES: dict[sandbox.Split, str] = {"train": "train", "validation": "t10k"}
 _UNSIGNED_BYTE = 0x08
@@ -70,14 +70,22 @@ class Idx:
     def size(self, split: sandbox.Split) -> int:
         return len(self._labels[split])
 
+    def to(self, device: torch.device) -> "Idx":
+        """The same with its images on `device`, as bytes; itself where they have to be resized.
+
+        (Interpolation rounds otherwise on a GPU.)
+        """
+        return self if self._fit == "resize" else moved(self, device)
+
     def batch(
         self, split: sandbox.Split, indices: Int[Tensor, " b"], rng: torch.Generator
     ) -> sandbox.Batch:
         """The images at `indices`, in file order; `rng` is not drawn from."""
         check_indices(indices, self.size(split))
-        grey = self._fitted(from_bytes(self._images[split][indices]))
+        rows = sandbox.to_device(indices, self._labels[split].device)
+        grey = self._fitted(from_bytes(self._images[split][rows]))
         return sandbox.Batch(
-            repeat(grey, "b h w -> b c h w", c=3).contiguous(), self._labels[split][indices]
+            repeat(grey, "b h w -> b c h w", c=3).contiguous(), self._labels[split][rows]
         )
 
     def _check_size(self, stored: torch.Size, root: Path) -> None:

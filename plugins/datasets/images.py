@@ -1,6 +1,7 @@
 """What every data set here does the same way: sizes, ranges, checked indices, augmentation."""
 
-from typing import Annotated, Any
+from copy import copy
+from typing import Annotated, Any, TypeVar
 
 import torch
 from einops import rearrange
@@ -8,6 +9,10 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 from torch.nn import functional
+
+import sandbox
+
+D = TypeVar("D")
 
 _SMALLEST_PX, _LARGEST_PX = 4, 8192
 
@@ -35,16 +40,26 @@ def check_indices(indices: Int[Tensor, " b"], size: int) -> None:
         raise IndexError(f"indices {low} to {high} were asked of a split of {size} images")
 
 
+def moved(dataset: D, device: torch.device) -> D:
+    """A copy of a data set whose `_images` and `_labels`, tensors by split, lie on `device`."""
+    there = copy(dataset)
+    for name in ("_images", "_labels"):
+        setattr(there, name, {key: t.to(device) for key, t in getattr(dataset, name).items()})
+    return there
+
+
 def from_bytes(images: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Grey levels 0 .. 255 to [-1, 1]."""
-    return images.to(torch.float32).div_(127.5).sub_(1)
+    # By a tensor: dividing by a number, a GPU multiplies by its inverse, which rounds otherwise.
+    half = torch.full((), 127.5, device=images.device)
+    return images.to(torch.float32).div_(half).sub_(1)
 
 
 def randomly_flipped(
     images: UInt8[Tensor, "b c h w"], rng: torch.Generator
 ) -> UInt8[Tensor, "b c h w"]:
-    """Each image mirrored left to right, or not, at even odds."""
-    mirrored = torch.rand(len(images), generator=rng) < 0.5
+    """Each image mirrored left to right, or not, at even odds; `rng` is on the CPU."""
+    mirrored = sandbox.to_device(torch.rand(len(images), generator=rng) < 0.5, images.device)
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), images.flip(-1), images)
 
 
@@ -52,10 +67,11 @@ def randomly_shifted(
     images: UInt8[Tensor, "b c h w"], reach_px: int, rng: torch.Generator
 ) -> UInt8[Tensor, "b c h w"]:
     """Each image moved by up to `reach_px` both ways, black coming in: pad, then crop at random."""
-    num, _, height, width = images.shape
-    top, left = torch.randint(2 * reach_px + 1, (2, num, 1), generator=rng)
-    rows = rearrange(top + torch.arange(height), "b h -> b h 1")
-    columns = rearrange(left + torch.arange(width), "b w -> b 1 w")
+    (num, _, height, width), device = images.shape, images.device
+    moves = torch.randint(2 * reach_px + 1, (2, num, 1), generator=rng)
+    top, left = sandbox.to_device(moves, device)
+    rows = rearrange(top + torch.arange(height, device=device), "b h -> b h 1")
+    columns = rearrange(left + torch.arange(width, device=device), "b w -> b 1 w")
     padded = rearrange(functional.pad(images, [reach_px] * 4), "b c h w -> b h w c")
-    picked = padded[rearrange(torch.arange(num), "b -> b 1 1"), rows, columns]
+    picked = padded[rearrange(torch.arange(num, device=device), "b -> b 1 1"), rows, columns]
     return rearrange(picked, "b h w c -> b c h w")

@@ -16,12 +16,15 @@ import sandbox
 
 from .arrays import new_array
 
+_RESIDENT_BYTES = 4 * 2**30
+"""What takes no more is moved to a GPU as a whole."""
+
 
 class Prepared:
     """A `sandbox.Dataset` whose images are what `Generator.prepare` made of the real ones."""
 
-    def __init__(self, examples: np.ndarray, labels: np.ndarray, source: sandbox.Dataset) -> None:
-        self.examples, self.labels = examples, torch.from_numpy(np.array(labels))
+    def __init__(self, examples: Tensor, labels: Tensor, source: sandbox.Dataset) -> None:
+        self.examples, self.labels = examples, labels
         self.num_classes, self.class_names = source.num_classes, source.class_names
         self.image_size = source.image_size
 
@@ -29,24 +32,37 @@ class Prepared:
         return len(self.labels)
 
     def batch(self, split: sandbox.Split, indices: Tensor, rng: torch.Generator) -> sandbox.Batch:
-        rows = torch.from_numpy(self.examples[indices.numpy()])
-        if not rows.is_floating_point():
-            rows = rows.long()
-        return sandbox.Batch(rows, self.labels[indices])
+        rows = sandbox.to_device(indices, self.labels.device)
+        examples = self.examples[rows]
+        if not examples.is_floating_point():
+            examples = examples.long()
+        return sandbox.Batch(examples, self.labels[rows])
+
+    def to(self, device: torch.device) -> "Prepared":
+        """The same on `device`; itself, left where it is, from 4 GiB on."""
+        if self.examples.nbytes >= _RESIDENT_BYTES:
+            return self
+        return Prepared(self.examples.to(device), self.labels.to(device), self)
 
 
 @torch.no_grad()
 def cached(
     run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, limit: int | None
 ) -> Prepared:
-    """The prepared data set of a split, from its file if there is one."""
+    """The prepared data set of a split, from its file if there is one.
+
+    Of several processes the first one writes it, and the others wait.
+    """
     folder = run.folder / "cache" / f"{split}-{_key(run, split, passes, limit)}"
     size = run.dataset.size(split) if limit is None else min(limit, run.dataset.size(split))
-    if not (folder / "labels.npy").exists():
+    if sandbox.rank() == 0 and not (folder / "labels.npy").exists():
         run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
         _write(run, split, batch_size, passes, size, folder)
-    examples = np.load(folder / "examples.npy", mmap_mode="r", allow_pickle=False)
-    return Prepared(examples, np.load(folder / "labels.npy", allow_pickle=False), run.dataset)
+    sandbox.barrier()
+    # Mapped for copy on write, since torch takes no read-only array; nothing is written.
+    examples = np.load(folder / "examples.npy", mmap_mode="c", allow_pickle=False)
+    labels = np.load(folder / "labels.npy", allow_pickle=False)
+    return Prepared(torch.from_numpy(examples), torch.from_numpy(labels), run.dataset)
 
 
 def _write(

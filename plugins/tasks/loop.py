@@ -2,10 +2,12 @@
 
 It is read in one go: resume, then step, report, validate, save, done? Everything that decides how
 the training goes on is in one state, saved by images seen, so that a run stopped at any moment ends
-with the same weights as one that was not.
+with the same weights as one that was not. Of several processes each runs this loop over its share
+of every batch; the first one alone validates and writes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +18,16 @@ from torch.optim import AdamW
 import sandbox
 
 from .settings import Training
-
-State = dict[str, Any]
+from .upkeep import (
+    Average,
+    average_buffers,
+    check_together,
+    optimizer_of,
+    restore,
+    state_of,
+    weights_of,
+)
+from .watch import Watch, add_scaled, is_due
 
 
 @dataclass
@@ -30,7 +40,7 @@ class Fit:
     scalars; `validate()` returns scalars, of which `score` (lower is better) picks the best
     weights. `begin()` is called once, before the first step of a training and never on going on
     with one; `keep` are objects with `state_dict()` and `load_state_dict()` that checkpoints hold
-    besides the network.
+    besides the network. `compile()` is what compiling means; by default, `network.compile()`.
     """
 
     run: sandbox.Run
@@ -44,6 +54,7 @@ class Fit:
     after_step: Callable[[AdamW, float, int], Mapping[str, float | Tensor]] | None = None
     begin: Callable[[], None] | None = None
     keep: Mapping[str, Any] = field(default_factory=dict)
+    compile: Callable[[], None] | None = None
 
 
 def train(fit: Fit) -> dict[str, Any]:
@@ -52,51 +63,120 @@ def train(fit: Fit) -> dict[str, Any]:
     The network is left with the weights to keep. The last checkpoint stays for the run to delete,
     once the task's result is kept. Raises RunError where the loss stops being finite.
     """
+    _check_shares(fit)
+    with _laid_out_for_speed(fit.network, fit.run.device):
+        return _train(fit)
+
+
+def _train(fit: Fit) -> dict[str, Any]:
     run, settings, network = fit.run, fit.settings, fit.network
     checkpoints = sandbox.Checkpoints(run.task_folder / "checkpoints")
     if (state := checkpoints.newest()) is None:
-        # dropout depends on the task, not on what was built or drawn before it
-        torch.manual_seed(sandbox.derive_seed(run.seed, run.label))
-        if fit.begin is not None:
-            fit.begin()
-    optimizer = AdamW(_groups(network), lr=settings.learning_rate, betas=settings.betas)
-    average = _weights(network) if settings.ema else None
+        _begin(fit)
+    optimizer = optimizer_of(network, settings, run.device)
+    average = Average(network, settings.ema) if settings.ema else None
     total = -(-settings.num_images // settings.batch_size) * settings.batch_size
-    done, best = 0, None
+    done = state["done"] if state else 0
+    best, scores = (state["best"], dict(state["scores"])) if state else (None, {})
+    watch = Watch(run, settings, done)
+    keep = {**fit.keep, "watch": watch}
     if state is not None:
-        done, best = _resume(fit, state, optimizer, average)
+        restore(state, network, optimizer, average, keep)
         run.rewind(done)
         run.say(f"going on from {done:,} images")
-    batches, watch = _batches(fit, done), _Watch(run, settings, done)
-    if state is not None:
-        watch.sums, watch.counts = state["sums"], state["counts"]
-    scores: dict[str, float] = dict(state["scores"]) if state else {}
+    _check_start(run, done)
+    _part_ways(run, done)
+    _compile(fit)
     network.train()
-    while done < total:
-        watch.add(_step(fit, optimizer, next(batches), done / total))
-        done += settings.batch_size
-        if average is not None:
-            _mix(average, network, settings.ema or 0.0, done // settings.batch_size)
-        if fit.after_step is not None:
-            watch.add(fit.after_step(optimizer, done / total, done))
-        watch.pulse(done, total)
-        if done == total or _due(done, settings.validate_every, settings.batch_size):
-            scores = _validate(fit, average)
-            run.report(done, total, **{f"validation/{name}": v for name, v in scores.items()})
-            if best is None or scores[fit.score] < best:
-                best = scores[fit.score]
-                if settings.keep == "best":
-                    kept = average if average is not None else _weights(network)
-                    sandbox.write_tensors(run.task_folder / "best.safetensors", kept)
-        if done == total or _due(done, _checkpoint_every(settings, total), settings.batch_size):
-            watch.check(done)
-            state = _state(fit, done, best, scores, optimizer, average)
-            checkpoints.save(done, state | {"sums": watch.sums, "counts": watch.counts})
+    with closing(_batches(fit, done)) as batches:
+        while done < total:
+            watch.add(_step(fit, optimizer, next(batches), done / total))
+            done += settings.batch_size
+            if average is not None:
+                average.update(done // settings.batch_size)
+            if fit.after_step is not None:
+                watch.add(fit.after_step(optimizer, done / total, done))
+            watch.pulse(done, total)
+            if done == total or is_due(done, settings.validate_every, settings.batch_size):
+                with watch.pause():
+                    scores = _validate(fit, average)
+                run.report(done, total, **{f"validation/{name}": v for name, v in scores.items()})
+                if best is None or scores[fit.score] < best:
+                    best = scores[fit.score]
+                    _keep_best(fit, average)
+            if done == total or is_due(done, _save_every(settings, total), settings.batch_size):
+                watch.check(done)
+                position = {"done": done, "best": best, "scores": scores}
+                with watch.pause():
+                    _save(fit, checkpoints, position, optimizer, average, keep)
     _finish(fit, average)
     return {"images_seen": done, "validation": scores}
 
 
-def _batches(fit: Fit, start: int) -> Iterator[sandbox.Batch]:
+def _check_shares(fit: Fit) -> None:
+    settings, size = fit.settings, sandbox.world_size()
+    if size > 1 and settings.batch_size % (size * settings.accumulate):
+        raise sandbox.SandboxError(
+            f"{fit.run.label}: batch_size {settings.batch_size} is not divisible by {size} "
+            f"processes x accumulate {settings.accumulate}: make it a multiple of "
+            f"{size * settings.accumulate}, or start another number of processes"
+        )
+
+
+@contextmanager
+def _laid_out_for_speed(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """On a GPU, convolutions in their fastest memory order and by the fastest kernel at hand."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.benchmark = cudnn.benchmark, True
+    convolves = any(parameter.ndim == 4 for parameter in network.parameters())
+    try:
+        if convolves:
+            network.to(memory_format=torch.channels_last)
+        yield
+    finally:
+        cudnn.benchmark = before
+        if convolves:
+            network.to(memory_format=torch.contiguous_format)
+
+
+def _begin(fit: Fit) -> None:
+    """What comes before the first step, the same in every process."""
+    # Dropout depends on the task, not on what was built or drawn before it.
+    torch.manual_seed(sandbox.derive_seed(fit.run.seed, fit.run.label))
+    if fit.begin is not None:
+        fit.begin()
+    sandbox.broadcast_([*fit.network.parameters(), *fit.network.buffers()])
+
+
+def _check_start(run: sandbox.Run, done: int) -> None:
+    if (first := sandbox.agree(done)) != done:
+        raise sandbox.SandboxError(
+            f"{run.label}: process {sandbox.rank()} finds a checkpoint of {done:,} images in "
+            f"{run.task_folder / 'checkpoints'}, process 0 one of {first:,}: all processes must "
+            "see one run folder; put it where all machines can read it (--out)"
+        )
+
+
+def _part_ways(run: sandbox.Run, done: int) -> None:
+    """Dropout of its own for every process; the first one's is that of a process alone.
+
+    By position, at the start and with every checkpoint, so that no state but the first one's needs
+    to be kept.
+    """
+    if sandbox.rank() > 0:
+        torch.manual_seed(sandbox.derive_seed(run.seed, run.label, sandbox.rank(), done))
+
+
+def _compile(fit: Fit) -> None:
+    if fit.settings.compiles(fit.run.device):
+        fit.run.say("the network is compiled as it goes (compile: off does without)")
+        (fit.compile or fit.network.compile)()
+
+
+def _batches(fit: Fit, start: int) -> Any:
     return sandbox.stream(
         fit.dataset,
         "train",
@@ -104,6 +184,8 @@ def _batches(fit: Fit, start: int) -> Iterator[sandbox.Batch]:
         seed=sandbox.derive_seed(fit.run.seed, fit.order),
         start=start,
         num_workers=fit.settings.num_workers,
+        device=fit.run.device,
+        share=(sandbox.rank(), sandbox.world_size()),
     )
 
 
@@ -117,68 +199,42 @@ def _step(
     dtype, seen = settings.dtype(device), {}
     optimizer.zero_grad(set_to_none=True)
     for part in _cut(batch, settings.accumulate):
-        on_device = sandbox.Batch(part.images.to(device), part.labels.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            losses = fit.loss(on_device, progress)
+            losses = fit.loss(part, progress)
         share = len(part.labels) / len(batch.labels)
-        (losses.total * share).backward()
-        for name, value in {"loss": losses.total.detach(), **losses.parts}.items():
-            seen[name] = seen.get(name, 0.0) + value * share
-    norm = nn.utils.clip_grad_norm_(fit.network.parameters(), settings.clip)
+        (losses.total if share == 1 else losses.total * share).backward()
+        add_scaled(seen, {"loss": losses.total, **losses.parts}, share)
+    parameters = [p for p in fit.network.parameters() if p.grad is not None]
+    _exchange([p.grad for p in parameters if p.grad is not None], seen)
+    norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
     optimizer.step()
-    return seen | {"gradient_norm": norm.detach(), "learning_rate": settings.rate(progress)}
+    return seen | {"gradient_norm": norm, "learning_rate": settings.rate(progress)}
 
 
-class _Watch:
-    """Sums scalars on the device and reads them only when a report is due."""
-
-    def __init__(self, run: sandbox.Run, settings: Training, done: int) -> None:
-        self.run, self.settings, self.last_done = run, settings, done
-        self.sums: dict[str, Any] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, scalars: Mapping[str, float | Tensor]) -> None:
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def pulse(self, done: int, total: int) -> None:
-        if done < total and not _due(done, self.settings.report_every, self.settings.batch_size):
-            if self.run.device.type == "cpu":
-                self.check(done)  # nothing to wait for there: the very step is named
-            return self.run.report(done, total)
-        self.check(done)
-        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        self.sums, self.counts, self.last_done = {}, {}, done
-        return self.run.report(done, total, **means)
-
-    def check(self, done: int) -> None:
-        """Stop where the loss or its gradient is no longer finite."""
-        sick = [
-            name
-            for name in ("loss", "gradient_norm")
-            if name in self.sums and not torch.isfinite(torch.as_tensor(self.sums[name]))
-        ]
-        if sick:
-            begin = done - self.settings.batch_size
-            first = begin if self.run.device.type == "cpu" else self.last_done
-            raise sandbox.RunError(
-                f"{self.run.label}: the {sick[0]} is no longer finite, between image {first:,} and "
-                f"image {done:,}; the last good checkpoint stays in "
-                f"{self.run.task_folder / 'checkpoints'}; lower learning_rate or clip, in a new "
-                "folder (--out) or over this one (--fresh)"
-            )
+def _exchange(gradients: list[Tensor], seen: dict[str, Any]) -> None:
+    """Put the mean over all processes in place of gradients and scalars."""
+    if sandbox.world_size() == 1:
+        return
+    told = {name: value for name, value in seen.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.float() for value in told.values()])
+    sandbox.all_reduce_mean_([*gradients, values])
+    seen.update(zip(told, values.unbind(), strict=True))
 
 
-def _validate(fit: Fit, average: dict[str, Tensor] | None) -> dict[str, float]:
-    own = _weights(fit.network) if average is not None else None
+def _validate(fit: Fit, average: Average | None) -> dict[str, float]:
+    """The scores of the weights as they would be kept, by process 0; known to all."""
+    average_buffers(fit.network, average)
+    if sandbox.rank() > 0:
+        return sandbox.agree({})
+    own = weights_of(fit.network) if average is not None else None
     if average is not None:
-        fit.network.load_state_dict(average)
+        average.check()
+        fit.network.load_state_dict(average.weights)
     fit.network.eval()
     states = sandbox.random_states()
     try:
         with torch.no_grad():
-            return dict(fit.validate())
+            return sandbox.agree(dict(fit.validate()))
     finally:
         sandbox.set_random_states(states)
         fit.network.train()
@@ -186,25 +242,36 @@ def _validate(fit: Fit, average: dict[str, Tensor] | None) -> dict[str, float]:
             fit.network.load_state_dict(own)
 
 
-def _finish(fit: Fit, average: dict[str, Tensor] | None) -> None:
+def _keep_best(fit: Fit, average: Average | None) -> None:
+    if fit.settings.keep == "best" and sandbox.rank() == 0:
+        kept = average.weights if average is not None else fit.network.state_dict()
+        sandbox.write_tensors(fit.run.task_folder / "best.safetensors", kept)
+
+
+def _save(
+    fit: Fit,
+    checkpoints: sandbox.Checkpoints,
+    position: Mapping[str, Any],
+    optimizer: AdamW,
+    average: Average | None,
+    keep: Mapping[str, Any],
+) -> None:
+    average_buffers(fit.network, average)
+    check_together(fit.network)
+    if sandbox.rank() == 0:
+        state = state_of(fit.network, optimizer, average, keep)
+        checkpoints.save(position["done"], {**position, **state})
+    _part_ways(fit.run, position["done"])
+
+
+def _finish(fit: Fit, average: Average | None) -> None:
+    sandbox.barrier()  # the best weights are written
     best = fit.run.task_folder / "best.safetensors"
     if fit.settings.keep == "best" and best.exists():
         fit.network.load_state_dict(sandbox.read_tensors(best)[0])
     elif average is not None:
-        fit.network.load_state_dict(average)
+        fit.network.load_state_dict(average.weights)
     fit.network.eval()
-
-
-def _groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Decayed and undecayed parameters; timm's convention says which are spared."""
-    spared = getattr(network, "no_weight_decay", set)()
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith("bias") and name not in spared].append(
-                parameter
-            )
-    return [{"params": p, "decays": decays} for decays, p in groups.items() if p]
 
 
 def _cut(batch: sandbox.Batch, count: int) -> Iterator[sandbox.Batch]:
@@ -212,59 +279,5 @@ def _cut(batch: sandbox.Batch, count: int) -> Iterator[sandbox.Batch]:
     return (sandbox.Batch(images, labels) for images, labels in pairs)
 
 
-def _due(done: int, every: int | None, batch_size: int) -> bool:
-    """Whether a multiple of `every` was reached in this very step."""
-    return every is not None and done // every > (done - batch_size) // every
-
-
-def _checkpoint_every(settings: Training, total: int) -> int:
+def _save_every(settings: Training, total: int) -> int:
     return settings.checkpoint_every or max(settings.batch_size, total // 10)
-
-
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-
-@torch.no_grad()
-def _mix(average: dict[str, Tensor], network: nn.Module, decay: float, steps: int) -> None:
-    """Exponential average with the usual ramp, so that early weights do not linger."""
-    decay = min(decay, (1 + steps) / (10 + steps))
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
-            average[name].lerp_(tensor, 1 - decay)
-        else:
-            average[name].copy_(tensor)
-
-
-def _state(
-    fit: Fit,
-    done: int,
-    best: float | None,
-    scores: Mapping[str, float],
-    optimizer: AdamW,
-    average: dict[str, Tensor] | None,
-) -> State:
-    return {
-        "done": done,
-        "best": best,
-        "scores": dict(scores),
-        "network": dict(fit.network.state_dict()),
-        "keep": {name: kept.state_dict() for name, kept in fit.keep.items()},
-        "optimizer": optimizer.state_dict(),
-        "average": average,
-        "random": sandbox.random_states(),
-    }
-
-
-def _resume(
-    fit: Fit, state: State, optimizer: AdamW, average: dict[str, Tensor] | None
-) -> tuple[int, float | None]:
-    fit.network.load_state_dict(state["network"])
-    for name, kept in fit.keep.items():
-        kept.load_state_dict(state["keep"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if average is not None:
-        for name, tensor in state["average"].items():
-            average[name].copy_(tensor)
-    sandbox.set_random_states(state["random"])
-    return state["done"], state["best"]

@@ -15,9 +15,10 @@ class Training(sandbox.Params):
     num_images: int = Field(..., gt=0)
     """Images seen in all; rounded up to whole batches."""
     batch_size: int = Field(64, gt=0)
-    """Images a step."""
+    """Images a step, over all processes."""
     accumulate: int = Field(1, ge=1)
-    """Parts a batch is cut into, to fit in memory; the gradient is that of the whole batch."""
+    """Parts a process's share of a batch is cut into, to fit in memory; the gradient is that of the
+    whole batch."""
     learning_rate: float = Field(1e-3, gt=0)
     """At its peak, for the batch size as stated."""
     warmup: float = Field(0.02, ge=0, lt=1)
@@ -40,6 +41,9 @@ class Training(sandbox.Params):
     """Decay of an exponential average of the weights, which is then what is kept; off if absent."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix work. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the network's kernels are built for it by torch.compile. `auto`: on a GPU, for at
+    least 500 steps."""
     report_every: int = Field(640, gt=0)
     """Images between two points of the curves."""
     validate_every: int | None = Field(None, gt=0)
@@ -71,6 +75,12 @@ class Training(sandbox.Params):
             return self.weight_decay
         span = self.weight_decay - self.final_weight_decay
         return self.final_weight_decay + span * (0.5 + 0.5 * cos(pi * progress))
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the network is compiled on `device`."""
+        if self.compile == "auto":
+            return device.type == "cuda" and self.num_images >= 500 * self.batch_size
+        return self.compile == "on"
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The autocast type on `device`; float32 means no autocast."""

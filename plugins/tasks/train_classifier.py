@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sandbox
@@ -17,6 +17,8 @@ from .settings import Training
 
 class TrainClassifier:
     """Fit the recipe's `features` as a classifier; keeps `weights/features.safetensors`."""
+
+    parallel = True
 
     class Params(Training):
         label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -55,6 +57,7 @@ class TrainClassifier:
                 lambda batch, progress: self._loss(run, batch),
                 lambda: self._validate(run),
                 "error",
+                compile=lambda: _compile(run.features.network),
             )
         )
         run.save_weights(
@@ -79,3 +82,9 @@ class TrainClassifier:
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             count += len(labels)
         return {"error": wrong / count, "loss": loss / count}
+
+
+def _compile(network: nn.Module) -> None:
+    """Stage by stage: features and logits are asked for by other names than `forward`."""
+    for stage in network.children():
+        stage.compile()

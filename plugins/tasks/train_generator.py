@@ -22,6 +22,8 @@ class TrainGenerator:
     With `cache`, what the generator reads of the images is computed once and kept on disk.
     """
 
+    parallel = True
+
     class Params(Training):
         cache: bool = True
         """Encode the data set once and train from the file; off, encode each batch anew."""
