@@ -112,10 +112,13 @@ def _transformer(params: Dino.Params) -> Any:
     patch, num_blocks = transformer.patch_embed.patch_size[0], len(transformer.blocks)
     if params.input_px % patch:
         raise ValueError(
-            f"{where}: input_px {params.input_px} is no multiple of {patch}, the patch"
+            f"{where}: input_px {params.input_px} is no multiple of the patch, {patch}"
         )
-    if not all(0 <= depth < num_blocks for depth in params.depths):
-        raise ValueError(f"{where}: depths {params.depths} of a model with {num_blocks} blocks")
+    rising = list(params.depths) == sorted(set(params.depths))
+    if not rising or params.depths[0] < 0 or params.depths[-1] >= num_blocks:
+        raise ValueError(
+            f"{where}: depths are rising numbers from 0 to {num_blocks - 1}, got {params.depths}"
+        )
     return transformer
 
 
@@ -138,7 +141,7 @@ class _Published(nn.Module):
 
 def _load(transformer: nn.Module, source: str) -> None:
     where = "adversary 'dino': weights"
-    if not source.startswith("hf://") and not Path(source.partition("#sha256=")[0]).is_file():
+    if "://" not in source and not Path(source.partition("#sha256=")[0]).is_file():
         raise sandbox.SandboxError(
             f"{where}: {source}: no such file; set it to dino_deitsmall16_pretrain.pth, to timm's "
             "model.safetensors, or to hf://timm/vit_small_patch16_224.dino/model.safetensors"

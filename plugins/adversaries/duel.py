@@ -113,9 +113,7 @@ class Duel:
         full = self.params.weight * self._ramped(progress)
         if not self.params.adaptive:
             return torch.full((), full, device=own_gradient.device)
-        squares = torch.stack([g.float().square().sum() for g in (loss_gradient, own_gradient)])
-        sandbox.all_reduce_mean_([squares])
-        wanted, own = squares.sqrt()
+        wanted, own = (gradient.float().norm() for gradient in (loss_gradient, own_gradient))
         return (wanted / (own + LEAST_NORM)).clamp(max=self.params.max_weight) * full
 
     def _ramped(self, progress: float) -> float:
@@ -134,17 +132,13 @@ class Duel:
         both = torch.cat([policy(fake.detach()), policy(real.detach())])
         of_fake, of_real = self.network(both).logits.float().chunk(2)
         total = (F.relu(1 + of_fake).mean() + F.relu(1 - of_real).mean()) / 2
-        parts = {"loss": total.detach(), **self._means(of_fake, of_real)}
+        parts = {"loss": total.detach()}
+        parts |= {"real": of_real.detach().mean(), "fake": of_fake.detach().mean()}
         if self.params.lecam > 0:
             pull = self._lecam(of_fake, of_real, parts)
             total = total + self.params.lecam * pull
             parts["lecam"] = pull.detach()
         return sandbox.Losses(total, parts)
-
-    def _means(self, of_fake: Tensor, of_real: Tensor) -> dict[str, Tensor]:
-        means = torch.stack([of_real.detach().mean(), of_fake.detach().mean()])
-        sandbox.all_reduce_mean_([means])
-        return dict(zip(("real", "fake"), means.unbind(), strict=True))
 
     def _lecam(self, of_fake: Tensor, of_real: Tensor, means: Mapping[str, Tensor]) -> Tensor:
         """Squared distance of either side's logits to the other side's running mean."""

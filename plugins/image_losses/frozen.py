@@ -33,7 +33,7 @@ def load_frozen(network: nn.Module, source: str, loss: str, *, folders: bool = F
     """
     path = Path(source.partition("#sha256=")[0])
     there = path.is_file() or (folders and (path / "weights" / "features.safetensors").is_file())
-    if not source.startswith("hf://") and not there:
+    if "://" not in source and not there:
         kinds = "a .safetensors or .pth file" + (
             ", to the folder of a run that has trained a classifier" if folders else ""
         )
