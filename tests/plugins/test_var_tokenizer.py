@@ -287,58 +287,6 @@ def test_codes_that_start_on_data_are_used_and_normal_ones_collapse():
     assert error < error_normal
 
 
-@pytest.mark.parametrize("phi", ["none", "shared", "partial", "per-scale"])
-def test_published_names_survive_the_round_trip(phi):
-    cnn = CNN.Params(ch=32, ch_mult=(1, 1), num_res_blocks=1, code_dim=4)
-    first, second = (build((1, 2, 3), cnn, phi=phi).eval() for _ in range(2))
-    first.hits.uniform_()
-    published = first.to_published()
-    phis = {name.rsplit(".", 1)[0] for name in published if "quant_resi" in name}
-    assert (
-        phis
-        == {
-            "none": set(),
-            "shared": {"quantize.quant_resi.qresi"},
-            "partial": {f"quantize.quant_resi.qresi_ls.{n}" for n in range(4)},
-            "per-scale": {f"quantize.quant_resi.{n}" for n in range(3)},
-        }[phi]
-    )
-    second.load_state_dict(second.from_published(published))
-    for name, tensor in second.to_published().items():
-        assert torch.equal(tensor, published[name]), name
-    images = images_for(first)
-    assert torch.equal(second.encode(images), first.encode(images))
-
-
-def test_usage_counts_of_another_number_of_scales_do_not_hinder_loading():
-    cnn = CNN.Params(ch=32, ch_mult=(1, 1), num_res_blocks=1, code_dim=4)
-    published = build((1, 2, 3), cnn).to_published()
-    other = build((1, 2), cnn)
-    other.load_state_dict(other.from_published(published))
-    assert not other.hits.any()
-
-
-def test_our_own_names_are_not_taken_for_published_ones():
-    tokenizer = build()
-    assert tokenizer.from_published(tokenizer.state_dict()) is None
-    with pytest.raises(ValueError, match="only the autoencoder `cnn`"):
-        tokenizer.to_published()
-
-
-def test_a_state_dict_is_described_in_plain_words():
-    cnn = CNN.Params(ch=32, ch_mult=(1, 1), num_res_blocks=1, code_dim=4)
-    tokenizer = build((1, 2, 3), cnn, phi="shared")
-    assert tokenizer.describe(tokenizer.state_dict()) == {
-        "channel count": "32",
-        "resolution count": "2",
-        "code count": "16",
-        "code width": "4",
-        "scale count": "3",
-        "phi convolution count": "1",
-    }
-    assert tokenizer.describe({}) == {}
-
-
 def test_images_and_ids_of_another_size_and_partial_maps_are_refused():
     tokenizer = build((1, (2, 3)))
     assert tokenizer.image_size == (4, 6)
