@@ -192,3 +192,21 @@ def test_perceptual_refusals(build, trained, tmp_path):
     flat = build("perceptual", features="inception", weights=str(folder))
     with pytest.raises(sandbox.SandboxError, match="'inception' has no forward_intermediates"):
         flat.prepare((16, 16), 5)
+
+
+@pytest.mark.gpu
+def test_losses_of_features_never_wait_for_the_gpu(build, alexnet):
+    lpips = build("lpips", network="alexnet", weights=str(alexnet))
+    perceptual = build("perceptual", features="random", logits_weight=1.0)
+    perceptual.prepare((32, 32), 3)
+    one, other = images(0).cuda(), images(1).cuda().requires_grad_()
+    for loss in (lpips.cuda(), perceptual.cuda()):
+        try:
+            for turn in range(3):
+                torch.cuda.set_sync_debug_mode("error" if turn else "default")
+                with torch.autocast("cuda", torch.bfloat16):
+                    found = loss.loss(other, one)
+                found.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert found.dtype == torch.float32 and other.grad.isfinite().all()

@@ -1,6 +1,9 @@
 """Training a tokenizer: the gradient with an adversary, the start of the codes, and resuming."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pluggy
 import pytest
@@ -341,3 +344,50 @@ def test_settings_of_the_task_have_defaults(registry):
     cls = registry.find(sandbox.Task, "train-tokenizer")
     params = settle(cls, registry, {"num_images": 1})
     assert params.adversary is None and [part.name for part in params.losses] == ["l2", "l1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("feature_matching", [0.0, 1.0])
+def test_a_contest_never_waits_for_the_gpu(registry, feature_matching):
+    cls, cuda = registry.find(sandbox.Adversary, "patchgan"), torch.device("cuda")
+    wishes = {"channels": 16, "start": 0.0, "feature_matching": feature_matching}
+    settings = Training(num_images=100, warmup=0.0)
+    contest = Contest(cls(settle(cls, registry, wishes), (32, 32)), settings, cuda)
+    decoder = nn.Conv2d(3, 3, 3, padding=1).to(cuda)
+    real = (torch.rand(8, 3, 32, 32) * 2 - 1).to(cuda)
+    zero = torch.zeros((), device=cuda)
+    try:
+        for turn in range(3):
+            torch.cuda.set_sync_debug_mode("error" if turn else "default")
+            for half in real.chunk(2):
+                with torch.autocast("cuda", torch.bfloat16):
+                    made = sandbox.Reconstruction(decoder(half), torch.zeros(4, 1), zero)
+                    losses = contest.losses(made, half, judge(half), 0.5)
+                losses.total.backward()
+            found = contest.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found["discriminator/loss"].isfinite()
+    assert decoder.weight.grad.isfinite().all() and decoder.weight.grad.any()
+
+
+def test_two_processes_contest_as_one(start, tmp_path):
+    """Without augmentation, whose draws are each process's own."""
+    overrides = ["tasks.0.adversary.augment=[]", "tasks.0.ema=null"]
+    one = start(tmp_path / "one", *overrides)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "sandbox", "run", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "two")]
+    command += [word for override in overrides for word in ("--set", override)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / LABEL / "result.json").read_text())
+    assert two["validation"]["l2"] == pytest.approx(one["validation"]["l2"], rel=1e-3)
+    found, wanted = points(tmp_path / "two"), points(tmp_path / "one")
+    for done_images in (80, 96, 128):
+        names = [n for n in wanted[done_images] if n.startswith(("disc", "loss", "adv", "grad"))]
+        assert "discriminator/real" in names
+        assert {n: found[done_images][n] for n in names} == pytest.approx(
+            {n: wanted[done_images][n] for n in names}, rel=1e-2, abs=1e-4
+        )
