@@ -300,7 +300,8 @@ class VarTokenizer(nn.Module):
         )
         counts = torch.zeros_like(self.hits).view(-1)
         counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
-        self.hits.lerp_(counts.view_as(self.hits), 0.01)
+        # Of the whole batch: training averages this over the processes, each of which saw a share.
+        self.hits.lerp_(counts.view_as(self.hits) * sandbox.world_size(), 0.01)
 
 
 def _some(vectors: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
