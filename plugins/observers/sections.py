@@ -28,7 +28,7 @@ _MEANINGS = {
     "ids_changed": "share of the ids that differ from the measurement before",
     "kmeans_perplexity": "of as many k-means codes for this scale by itself",
     "kmeans_shared_perplexity": "of as many for all scales together",
-    "of_kmeans": "perplexity over kmeans_perplexity",
+    "of_kmeans": "perplexity over kmeans_shared_perplexity",
 }
 
 

@@ -125,7 +125,7 @@ class Health:
     def _add_partial(
         self, sums: "_Sums", images: Tensor, canvases: list[Tensor], errors: Tensor
     ) -> None:
-        sums.add("few", errors.new_tensor(float(len(images))))
+        sums.add("few", errors.new_full((), len(images)))
         if residual_energy := getattr(self.tokenizer, "residual_energy", None):
             sums.add("residual", residual_energy(images).double() * len(images))
         if canvases:  # the last is what was decoded
@@ -211,7 +211,7 @@ def _decibel(errors: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
 
 def _add_moments(sums: _Sums, values: Tensor) -> None:
     exact = values.double()
-    count = exact.new_tensor(float(exact.numel()))
+    count = exact.new_full((), exact.numel())
     sums.add("moments", torch.stack([exact.sum(), exact.square().sum(), count]))
 
 

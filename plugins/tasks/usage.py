@@ -10,6 +10,8 @@ from torch import Tensor
 
 from sandbox import Layout
 
+_TOO_FEW = "codebook usage needs at least one image's ids"
+
 
 class CodebookUsage:
     """Counts which codes are drawn at which level, on the device the ids are on."""
@@ -18,19 +20,20 @@ class CodebookUsage:
         if vocab_size < 1:
             raise ValueError(f"a codebook has at least one code, got vocab_size {vocab_size}")
         self.layout, self.vocab_size = layout, vocab_size
-        self._counts = torch.zeros(layout.seq_len, vocab_size, dtype=torch.int64)
+        self._counts: Tensor | None = None  # made where the ids are: moving it there would wait
 
     def update(self, ids: Int[Tensor, "b l"]) -> None:
         """Take in the ids of a batch, in [0, vocab_size). Does not wait for the device.
 
-        The counts live on the ids' device. Raises ValueError for another sequence length.
+        The counts live on the first ids' device. Raises ValueError for another sequence length.
         """
         if ids.ndim != 2 or ids.shape[1] != self.layout.seq_len:
             raise ValueError(
                 f"ids {tuple(ids.shape)} do not fit a layout of {self.layout.seq_len} tokens"
             )
-        if self._counts.device != ids.device:
-            self._counts = self._counts.to(ids.device)
+        if self._counts is None:
+            size = self.layout.seq_len, self.vocab_size
+            self._counts = torch.zeros(size, dtype=torch.int64, device=ids.device)
         ids = ids.long().T  # bincount and index_put_ would wait for the device; a scatter does not
         self._counts.scatter_add_(1, ids, torch.ones_like(ids))
 
@@ -43,10 +46,10 @@ class CodebookUsage:
         Raises ValueError before the first update.
         """
         counts = torch.zeros(self.layout.num_levels, self.vocab_size, dtype=torch.float64)
-        counts.index_add_(0, self.layout.level_of(), self._counts.double().cpu())
+        counts.index_add_(0, self.layout.level_of(), self._seen().double().cpu())
         draws = counts.sum(dim=1)
         if not draws.all():
-            raise ValueError("codebook usage needs at least one image's ids")
+            raise ValueError(_TOO_FEW)
         share = counts / draws[:, None]
         entropy = -torch.special.xlogy(share, share).sum(dim=1)
         used = (counts > 0).double().sum(dim=1)
@@ -59,8 +62,13 @@ class CodebookUsage:
         }
 
     def dead_codes(self) -> int:
-        """How many codes were drawn at no level."""
-        return int((self._counts.sum(dim=0) == 0).sum())
+        """How many codes were drawn at no level. Raises ValueError before the first update."""
+        return int((self._seen().sum(dim=0) == 0).sum())
+
+    def _seen(self) -> Tensor:
+        if self._counts is None:
+            raise ValueError(_TOO_FEW)
+        return self._counts
 
 
 def usage_rows(layout: Layout, usage: CodebookUsage) -> list[dict[str, float]]:

@@ -105,7 +105,7 @@ def test_inspection_of_a_trained_tokenizer(tmp_path, one_thread):
     assert [row["scale"] for row in result["codebook"]] == [1, 2, 3]
     for row in result["codebook"]:
         assert row["of_kmeans"] == pytest.approx(
-            row["perplexity"] / row["kmeans_perplexity"], abs=2e-3
+            row["perplexity"] / row["kmeans_shared_perplexity"], abs=2e-3
         )
         assert 1 <= row["kmeans_shared_perplexity"] <= 16 and row["kmeans_perplexity"] > 4
         assert row["residual"] > 0 and "psnr_upto" in row and "ids_changed" not in row
