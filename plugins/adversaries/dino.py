@@ -24,13 +24,13 @@ from .patchgan import Norm, normed
 class Dino(Duel):
     """Convolutional heads on four depths of DINO's ViT-S/16 (arXiv 2104.14294), after StyleGAN-T.
 
-    Projected discriminators on frozen features are those of arXiv 2301.09515, section 4.1; VAR's
+    Projected discriminators on frozen features are those of arXiv 2301.09515; VAR's
     own tokenizer trainer uses this one.
     """
 
     class Params(DuelParams):
         weights: str
-        """The transformer: a file in timm's or Facebook's layout, or hf://..."""
+        """The transformer's: a file in timm's or Facebook's layout, hf://... or package://..."""
         model: str = "vit_small_patch16_224.dino"
         """timm's name of its architecture, any plain vision transformer."""
         depths: tuple[int, ...] = Field((2, 5, 8, 11), min_length=1)

@@ -57,11 +57,11 @@ class DuelParams(sandbox.Params):
     max_weight: float = Field(1.0, gt=0)
     """Largest ratio of the two gradients that `adaptive` may find, before `weight`."""
     feature_matching: float = Field(0.0, ge=0)
-    """Weight of the distance of D's features (L1, arXiv 1711.11585, eq. 2) beside the hinge."""
+    """Weight of the distance of D's features (L1, arXiv 1711.11585) beside the hinge."""
     augment: tuple[Augmentation, ...] = ("color", "translation", "cutout")
     """What is done to all that D sees (DiffAugment, arXiv 2006.10738)."""
     lecam: float = Field(0.01, ge=0)
-    """Weight of LeCam regularisation (arXiv 2104.03310, eq. 5) on D."""
+    """Weight of LeCam regularisation (arXiv 2104.03310) on D."""
     lecam_decay: float = Field(0.99, ge=0, lt=1)
     """Decay of the running means of D's logits that LeCam pulls towards."""
     learning_rate_factor: float = Field(1.0, gt=0)

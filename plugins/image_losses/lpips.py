@@ -33,7 +33,8 @@ class Lpips(Frozen):
 
     class Params(sandbox.Params):
         weights: str
-        """Backbone: torchvision's vgg16 or alexnet, whole or `features` alone (file or hf://)."""
+        """The backbone's: torchvision's vgg16 or alexnet, whole or `features` alone; a file, hf://...
+        or package://..."""
         network: Literal["vgg16", "alexnet"] = "vgg16"
         """The backbone; VGG16 is the usual one to train with."""
         weight: float = Field(1.0, gt=0)

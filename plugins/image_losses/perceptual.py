@@ -30,7 +30,7 @@ class Perceptual(Frozen):
         )
         """The network whose feature maps are compared."""
         weights: str | None = None
-        """Its weights: a file, a run folder that holds trained features, or hf://..."""
+        """Its weights: a file, a run folder with trained features, hf://... or package://..."""
         weight: float = Field(1.0, gt=0)
         """What the loss is multiplied by."""
         logits_weight: float = Field(0.0, ge=0)
