@@ -22,10 +22,9 @@ from .patchgan import Norm, normed
 
 
 class Dino(Duel):
-    """Convolutional heads on four depths of DINO's ViT-S/16 (arXiv 2104.14294), after StyleGAN-T.
+    """Convolutional heads on four depths of a frozen DINO ViT-S/16 (arXiv 2104.14294).
 
-    Projected discriminators on frozen features are those of arXiv 2301.09515; VAR's
-    own tokenizer trainer uses this one.
+    Heads on frozen tokens are StyleGAN-T's idea (arXiv 2301.09515); these are smaller.
     """
 
     class Params(DuelParams):
