@@ -1,5 +1,6 @@
 """Batches depend on the seed and the position: on nothing that came before, and on no process."""
 
+import threading
 from itertools import islice
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox import Batch, SandboxError, stream, sweep
+from sandbox import Batch, SandboxError, ahead, stream, sweep, to_device
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -96,3 +97,71 @@ def test_worker_processes_change_nothing_at_all():
 def test_an_empty_split_is_refused_at_once():
     with pytest.raises(SandboxError, match="no train images"):
         stream(Numbered(0), "train", 4, seed=0)
+
+
+@given(seeds, st.integers(1, 12), st.integers(1, 3), st.integers(1, 3))
+def test_shares_lie_side_by_side_in_the_batch(seed, size, num, each):
+    dataset = Numbered(size, noise=0)
+    whole = take(stream(dataset, "train", num * each, seed=seed), 3)
+    shares = [
+        take(stream(dataset, "train", num * each, seed=seed, share=(i, num)), 3) for i in range(num)
+    ]
+    for number, batch in enumerate(whole):
+        joined = torch.cat([share[number].labels for share in shares])
+        assert torch.equal(joined, batch.labels)
+
+
+def test_shares_are_augmented_each_in_its_own_way():
+    first, second = (
+        next(stream(Numbered(1), "train", 4, seed=0, share=(i, 2))).images for i in range(2)
+    )
+    assert not torch.equal(first, second)
+
+
+def test_a_batch_without_equal_shares_is_refused():
+    with pytest.raises(SandboxError, match="a batch of 5 has no 2 equal shares"):
+        stream(Numbered(8), "train", 5, seed=0, share=(0, 2))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_ahead_changes_nothing(num_workers):
+    dataset, cpu = Numbered(10), torch.device("cpu")
+    plain = take(stream(dataset, "train", 4, seed=3), 5)
+    coming = ahead(stream(dataset, "train", 4, seed=3, num_workers=num_workers), cpu)
+    assert equal(plain, take(coming, 5))
+    coming.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_a_failure_while_loading_ahead_is_raised_at_its_batch():
+    class Broken(Numbered):
+        def batch(self, split, indices, rng):
+            if 7 in indices:
+                raise SandboxError("image 7 is broken")
+            return super().batch(split, indices, rng)
+
+    coming, seen = ahead(stream(Broken(10), "train", 1, seed=0), torch.device("cpu")), []
+    with pytest.raises(SandboxError, match="image 7 is broken"):
+        seen.extend(coming)
+    assert equal(seen, take(stream(Numbered(10), "train", 1, seed=0), len(seen)))
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_on_a_gpu_are_those_on_the_cpu(num_workers):
+    class Held(Numbered):
+        def to(self, device):
+            there = Held(self.num, self.noise)
+            there.batch = lambda *given: on(device, Numbered.batch(self, *given))
+            return there
+
+    def on(device, batch):
+        return Batch(to_device(batch.images, device), to_device(batch.labels, device))
+
+    device = torch.device("cuda")
+    for dataset in (Numbered(10), Held(10)):
+        plain = take(stream(dataset, "train", 4, seed=3), 5)
+        there = take(stream(dataset, "train", 4, seed=3, device=device, num_workers=num_workers), 5)
+        assert {batch.images.device.type for batch in there} == {"cuda"}
+        assert equal(plain, [on(torch.device("cpu"), batch) for batch in there])

@@ -485,3 +485,37 @@ def test_a_root_below_the_home_folder_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_idx(tmp_path / "mnist")
     assert build(Idx, root=Path("~/mnist")).size("train") == 5
+
+
+def movable(datasets):
+    photos = build(ImageFolder, **{**datasets[1]._params.model_dump(), "in_memory": True})
+    return [photos, *datasets[2:]]
+
+
+def test_data_sets_in_memory_can_be_moved_and_stay_the_same(datasets):
+    assert datasets[1].to(torch.device("cpu")) is datasets[1]  # it reads its files each time
+    for dataset in movable(datasets):
+        there = dataset.to(torch.device("cpu"))
+        assert there is not dataset
+        for split in SPLITS:
+            assert there.size(split) == dataset.size(split)
+            mine, its = (batch(each, split, [3, 1, 1], seed=5) for each in (dataset, there))
+            assert torch.equal(mine.images, its.images) and torch.equal(mine.labels, its.labels)
+
+
+def test_idx_images_that_must_be_resized_stay_where_they_are(tmp_path):
+    write_idx(tmp_path)
+    dataset = build(Idx, root=tmp_path, image_size=20, fit="resize")
+    assert dataset.to(torch.device("meta")) is dataset
+
+
+@pytest.mark.gpu
+def test_batches_of_data_sets_on_a_gpu_are_the_same_bit_for_bit(datasets):
+    for dataset in movable(datasets):
+        there = dataset.to(torch.device("cuda"))
+        indices = [i % dataset.size("train") for i in range(200)]
+        for split in SPLITS:
+            mine, its = (batch(each, split, indices, seed=5) for each in (dataset, there))
+            assert its.images.is_cuda and its.labels.is_cuda
+            assert torch.equal(mine.images, its.images.cpu())
+            assert torch.equal(mine.labels, its.labels.cpu())
