@@ -1,10 +1,10 @@
 """The settings that every task which trains has, and the learning rate they describe."""
 
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import sandbox
 
@@ -54,6 +54,12 @@ class Training(sandbox.Params):
     """Which weights are kept at the end: the last, or those of the best validation."""
     num_workers: int = Field(0, ge=0)
     """Processes that load data; results do not depend on it."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """YAML reads a plain on or off as true or false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1]."""

@@ -143,6 +143,7 @@ def test_compiling_by_itself_is_for_gpus_and_long_trainings():
     short, long = (Training(num_images=num, batch_size=2) for num in (999, 1000))
     assert long.compiles(torch.device("cuda")) and not short.compiles(torch.device("cuda"))
     assert not long.compiles(CPU)
+    assert Training(num_images=1, compile=True).compiles(CPU)  # as YAML reads a plain `on`
 
 
 def test_the_parts_of_a_batch_add_up_to_its_gradient(tmp_path):
@@ -245,7 +246,10 @@ tasks:
   - {{name: train-generator, ema: 0.9, {settings}}}
   - {{name: train-classifier, {settings}}}
 """
-STEPS = "num_images: 320, batch_size: 16, report_every: 1000, num_validation_images: 16"
+STEPS = (
+    "num_images: 320, batch_size: 16, report_every: 1000, checkpoint_every: 1000, "
+    "num_validation_images: 16"
+)
 
 
 class NoWaiting:
@@ -267,7 +271,7 @@ class NoWaiting:
 
 def run_on_gpu(tmp_path, registry, monkeypatch, *overrides):
     root = tmp_path / "cifar"
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for name in ("data_batch_1.bin", "test_batch.bin"):
         records = rng.integers(0, 256, (128, 3073), dtype=np.uint8)
@@ -290,6 +294,26 @@ def run_on_gpu(tmp_path, registry, monkeypatch, *overrides):
 
 
 @pytest.mark.gpu
-def test_no_training_step_waits_for_the_gpu(tmp_path, registry, monkeypatch):
-    guard = run_on_gpu(tmp_path, registry, monkeypatch)
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_no_training_step_waits_for_the_gpu(tmp_path, registry, monkeypatch, compiled):
+    words = [f"tasks.{index}.compile={compiled!r}" for index in range(3)]
+    guard = run_on_gpu(tmp_path, registry, monkeypatch, *words)
     assert len(guard.watched) == 3
+
+
+@pytest.mark.gpu
+def test_a_training_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, registry, monkeypatch):
+    """Weights in the memory order of convolutions, moments and averages come back."""
+    words = ["tasks.0.ema=0.9", "tasks.0.checkpoint_every=64", "tasks.0.num_images=128"]
+
+    def stop(self, done, total, **scalars):
+        if done == 96:
+            raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sandbox.run.LiveRun.report", stop)
+        with pytest.raises(StoppedError):
+            run_on_gpu(tmp_path, registry, monkeypatch, *words)
+    run_on_gpu(tmp_path, registry, monkeypatch, *words)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "going on from 64 images" in log and "peak_memory_gib" in log
