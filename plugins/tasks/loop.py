@@ -125,19 +125,24 @@ def _check_shares(fit: Fit) -> None:
 
 @contextmanager
 def _laid_out_for_speed(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """On a GPU, convolutions in their fastest memory order and by the fastest kernel at hand."""
+    """On a GPU, convolutions in their fastest memory order and by the fastest kernel at hand.
+
+    What is left in float32 (heads, say) runs as TF32; what must be exact says so itself.
+    """
     if device.type != "cuda":
         yield
         return
     cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     before, cudnn.benchmark = cudnn.benchmark, True
+    precision, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     convolves = any(parameter.ndim == 4 for parameter in network.parameters())
     try:
         if convolves:
             network.to(memory_format=torch.channels_last)
         yield
     finally:
-        cudnn.benchmark = before
+        cudnn.benchmark, matmul.fp32_precision = before, precision
         if convolves:
             network.to(memory_format=torch.contiguous_format)
 
