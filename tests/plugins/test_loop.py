@@ -269,17 +269,27 @@ class NoWaiting:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def run_on_gpu(tmp_path, registry, monkeypatch, *overrides):
-    root = tmp_path / "cifar"
-    root.mkdir(exist_ok=True)
+@pytest.fixture
+def run_on_gpu(tmp_path, registry):
+    """Train on files like those of CIFAR-10; the same folder every time."""
     rng = np.random.default_rng(0)
     for name in ("data_batch_1.bin", "test_batch.bin"):
         records = rng.integers(0, 256, (128, 3073), dtype=np.uint8)
         records[:, 0] %= 10
-        records.tofile(root / name)
+        records.tofile(tmp_path / name)
     path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(root=root, settings=STEPS))
-    recipe = load_recipe(path, overrides, registry)
+    path.write_text(RECIPE.format(root=tmp_path, settings=STEPS))
+
+    def run(*overrides):
+        execute(load_recipe(path, overrides, registry), tmp_path / "run", name="tiny")
+
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled):
     guard = NoWaiting()
 
     def observers(parts):
@@ -289,20 +299,12 @@ def run_on_gpu(tmp_path, registry, monkeypatch, *overrides):
         return manager.hook
 
     monkeypatch.setattr("sandbox.run._observers", observers)
-    execute(recipe, tmp_path / "run", name="tiny")
-    return guard
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["off", "on"])
-def test_no_training_step_waits_for_the_gpu(tmp_path, registry, monkeypatch, compiled):
-    words = [f"tasks.{index}.compile={compiled!r}" for index in range(3)]
-    guard = run_on_gpu(tmp_path, registry, monkeypatch, *words)
+    run_on_gpu(*[f"tasks.{index}.compile={compiled!r}" for index in range(3)])
     assert len(guard.watched) == 3
 
 
 @pytest.mark.gpu
-def test_a_training_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, registry, monkeypatch):
+def test_a_training_on_a_gpu_goes_on_from_its_checkpoint(run_on_gpu, tmp_path, monkeypatch):
     """Weights in the memory order of convolutions, moments and averages come back."""
     words = ["tasks.0.ema=0.9", "tasks.0.checkpoint_every=64", "tasks.0.num_images=128"]
 
@@ -313,7 +315,7 @@ def test_a_training_on_a_gpu_goes_on_from_its_checkpoint(tmp_path, registry, mon
     with monkeypatch.context() as patch:
         patch.setattr("sandbox.run.LiveRun.report", stop)
         with pytest.raises(StoppedError):
-            run_on_gpu(tmp_path, registry, monkeypatch, *words)
-    run_on_gpu(tmp_path, registry, monkeypatch, *words)
+            run_on_gpu(*words)
+    run_on_gpu(*words)
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "going on from 64 images" in log and "peak_memory_gib" in log
