@@ -12,6 +12,7 @@ from time import sleep
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed.nn  # before there is a group: its defaults would hold one beyond its end
 from torch import Tensor
 from torch import distributed as dist
 
@@ -47,9 +48,13 @@ def process_group(size: int) -> Iterator[None]:
         yield
         barrier()
     except BaseException:
-        if not first_to_fail():
+        # The others wait for this one, and are ended by whoever started them.
+        first = first_to_fail()
+        if not gpus:  # NCCL might wait for them
+            dist.destroy_process_group()
+        if not first:
             raise SystemExit(1) from None
-        raise  # the others wait for this one and are ended by whoever started them
+        raise
     dist.destroy_process_group()
 
 
