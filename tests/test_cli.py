@@ -120,9 +120,9 @@ def test_a_missing_data_folder_is_one_line(project):
 
 @pytest.mark.filterwarnings("default:image-folder")
 def test_a_skipped_image_stands_in_the_log(project):
-    for name in ("whole", "sound"):
-        Image.new("RGB", (9, 9)).save(project.folder / f"{name}.png")
-    (project.folder / "cut.png").write_bytes((project.folder / "whole.png").read_bytes()[:40])
+    for number in range(8):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(project.folder / f"{number}.png")
+    (project.folder / "cut.png").write_bytes((project.folder / "0.png").read_bytes()[:40])
     words = ["--set", "dataset={name: image-folder, root: ., image_size: 8, on_corrupt: skip}"]
     assert project.sandbox("run", "tiny.yaml", *words).status == 0
     events = (project.folder / "runs" / "tiny" / "log.jsonl").read_text().splitlines()
@@ -318,7 +318,7 @@ def test_show_tells_types_ranges_defaults_and_meaning(project):
     assert "[required]" in shown
     for line in (
         "metrics: tuple[Metric, ...]  [required]",
-        "images: samples | reconstructions | Path  [default 'samples']",
+        "images: samples | reconstructions | train | validation | Path  [default 'samples']",
         "num_images: int | None (> 1)  [default None]",
     ):
         assert f"\n  {line}\n" in shown

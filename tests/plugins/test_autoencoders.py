@@ -52,3 +52,24 @@ def test_the_patch_autoencoder_is_small_and_keeps_any_size():
     features = patch.encode(torch.randn(2, 3, 8, 20))
     assert features.shape == (2, 8, 2, 5)
     assert patch.decode(features).shape == (2, 3, 8, 20)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_compiled_computes_the_same(autocast):
+    torch.manual_seed(0)
+    plain = CNN(CNN.Params(ch=32, ch_mult=(1, 2), num_res_blocks=1, code_dim=4))
+    plain = plain.to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 8, 12, requires_grad=True)
+
+    def both(encode, decode):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            made = decode(encode(images)).float()
+        return made, torch.autograd.grad(made.square().mean(), [images, *plain.parameters()])
+
+    compiled = (torch.compile(f, backend="eager") for f in (plain.encode, plain.decode))
+    (made, gradients), (wanted, exact) = both(*compiled), both(plain.encode, plain.decode)
+    tolerance = {"atol": 0.1, "rtol": 0.1} if autocast else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(made, wanted, **tolerance)
+    for found, gradient in zip(gradients, exact, strict=True):
+        torch.testing.assert_close(found, gradient, **tolerance)
