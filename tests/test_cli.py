@@ -123,7 +123,10 @@ def test_a_skipped_image_stands_in_the_log(project):
     for number in range(8):
         Image.new("RGB", (9, 9), (number, 0, 0)).save(project.folder / f"{number}.png")
     (project.folder / "cut.png").write_bytes((project.folder / "0.png").read_bytes()[:40])
-    words = ["--set", "dataset={name: image-folder, root: ., image_size: 8, on_corrupt: skip}"]
+    dataset = (
+        "{name: image-folder, root: ., image_size: 8, on_corrupt: skip, validation_share: 0.3}"
+    )
+    words = ["--set", f"dataset={dataset}"]
     assert project.sandbox("run", "tiny.yaml", *words).status == 0
     events = (project.folder / "runs" / "tiny" / "log.jsonl").read_text().splitlines()
     told = [e["text"] for e in map(json.loads, events) if e["event"] == "message"]
