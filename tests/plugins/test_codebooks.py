@@ -214,7 +214,7 @@ def test_a_batch_in_pieces_counts_as_one():
 
 
 def test_dead_codes_restart_on_data_lose_their_momentum_and_spare_the_living():
-    codebook = build(init="normal", update="gradient", restart_every=2, decay=0.5)
+    codebook = build(init="normal", update="gradient", restart_every=6, decay=0.5)
     optimizer = optimizer_of(codebook)
     codebook.embed(torch.arange(8)).sum().backward()
     optimizer.step()
@@ -223,7 +223,7 @@ def test_dead_codes_restart_on_data_lose_their_momentum_and_spare_the_living():
     for index in range(5):
         step(codebook, [vectors, vectors], optimizer, seed=index)
     before = codebook.embedding.weight.detach().clone()
-    scalars = step(codebook, [vectors, vectors], optimizer)  # the sixth: 0.5^6 < 0.05, and even
+    scalars = step(codebook, [vectors, vectors], optimizer)  # the sixth
     moments = optimizer.state[codebook.embedding.weight]
     assert scalars["codes_restarted"] == 7
     torch.testing.assert_close(
@@ -233,6 +233,16 @@ def test_dead_codes_restart_on_data_lose_their_momentum_and_spare_the_living():
     assert not moments["exp_avg"][dead].any() and not moments["exp_avg_sq"][dead].any()
     assert moments["exp_avg"][0].all()
     assert (codebook.usage[dead] == 1).all()
+
+
+def test_codes_that_are_never_chosen_restart_at_the_first_chance_and_then_get_time():
+    codebook = build(init="normal", update="gradient", restart_every=20)
+    optimizer = optimizer_of(codebook)
+    vectors = codebook.embedding.weight[:1].detach().clone()
+    restarted = [
+        float(step(codebook, [vectors, vectors], optimizer)["codes_restarted"]) for _ in range(60)
+    ]
+    assert restarted[19] == 7 and sum(restarted) == 7
 
 
 @pytest.mark.parametrize("settings, progress", [({"restart": False}, 0.0), ({}, 0.8)])
