@@ -16,6 +16,7 @@ from torch.optim import AdamW
 import sandbox
 
 from .settings import Training
+from .upkeep import load_optimizer
 
 BETAS, CLIP = (0.5, 0.9), 1.0
 """AdamW's running-average factors and the largest gradient norm, of every discriminator."""
@@ -119,4 +120,4 @@ class Contest:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])

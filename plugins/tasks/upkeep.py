@@ -94,15 +94,23 @@ def restore(
     network.load_state_dict(state["network"])
     for name, kept in keep.items():
         kept.load_state_dict(state["keep"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    for parameter, moments in optimizer.state.items():
-        for name, tensor in moments.items():
-            if tensor.shape == parameter.shape:  # as the parameter lies in memory: files are plain
-                moments[name] = torch.empty_like(parameter).copy_(tensor)
+    load_optimizer(optimizer, state["optimizer"])
     if average is not None:
         for name, tensor in state["average"].items():
             average.weights[name].copy_(tensor)
     sandbox.set_random_states(state["random"])
+
+
+def load_optimizer(optimizer: AdamW, state: dict[str, Any]) -> None:
+    """Load a state from a file, where tensors lie plain; moments then lie as their parameters do.
+
+    A fused step pairs a parameter with its moments by place in memory.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, tensor in moments.items():
+            if tensor.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(tensor)
 
 
 @torch.no_grad()

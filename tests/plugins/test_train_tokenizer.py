@@ -183,6 +183,22 @@ def test_the_discriminator_takes_one_step_on_all_pieces(contest):
     assert decoder.weight.grad is None
 
 
+def test_moments_from_a_file_lie_in_memory_as_their_parameters_do(tmp_path):
+    """A fused step pairs them by place in memory, and a file keeps no order of memory."""
+    settings = Training(num_images=100, warmup=0.0)
+    contest = Contest(Recorded(nn.Conv2d(3, 4, 3)), settings, torch.device("cpu"))
+    contest.network.to(memory_format=torch.channels_last)  # as on a GPU
+    contest.losses(made_by(nn.Conv2d(3, 3, 1), torch.zeros(())), images(1), judge(images(1)), 0.5)
+    contest.step()
+    wanted = contest.optimizer.state[contest.network.weight]["exp_avg"].clone()
+    checkpoints = sandbox.Checkpoints(tmp_path)
+    checkpoints.save(1, contest.state_dict())
+    contest.load_state_dict(checkpoints.newest())
+    found = contest.optimizer.state[contest.network.weight]["exp_avg"]
+    assert torch.equal(found, wanted) and found.any()
+    assert found.stride() == contest.network.weight.stride() != found.contiguous().stride()
+
+
 # Runs
 
 
