@@ -16,6 +16,8 @@ Lookup = Literal["euclidean", "cosine"]
 MAX_DISTANCES = 2**24
 """How many distances are held at once: 64 MiB of them."""
 NUM_LLOYD_STEPS = 5
+MAX_CLUSTERED = 2**17
+"""Vectors that are clustered, at most (unless there are to be more centers)."""
 
 
 def nearest_codes(
@@ -37,11 +39,14 @@ def cluster(
 ) -> Float[Tensor, "num c"]:
     """`num` centers of at least as many vectors: evenly drawn, then a few k-means (Lloyd) steps.
 
+    Of many vectors `MAX_CLUSTERED` are enough, again evenly drawn.
+
     A center is the mean of the raw vectors whose nearest it is, whatever `nearest` means: no other
     code has a smaller squared error on them.
     """
-    rng = torch.Generator().manual_seed(salt)  # the same on every device
-    centers = vectors[torch.randperm(len(vectors), generator=rng)[:num].to(vectors.device)]
+    if len(vectors) > (most := max(MAX_CLUSTERED, num)):
+        vectors = vectors[_order(len(vectors), 0)[:most].to(vectors.device)]
+    centers = vectors[_order(len(vectors), salt)[:num].to(vectors.device)]
     for _ in range(NUM_LLOYD_STEPS):
         ids = nearest_codes(vectors, centers, lookup)
         counts = vectors.new_zeros(num).index_add_(0, ids, vectors.new_ones(len(ids)))
@@ -49,3 +54,8 @@ def cluster(
         means = sums / counts.clamp(min=1)[:, None]
         centers = torch.where(counts[:, None] > 0, means, centers)
     return centers
+
+
+def _order(size: int, seed: int) -> Int[Tensor, " size"]:
+    """A permutation, the same on every device."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))

@@ -24,9 +24,6 @@ from .dropout import kept_scales
 from .estimators import ESTIMATORS
 from .pyramid import Pyramid, phi_of_step
 
-MAX_SEED_VECTORS = 2**17
-"""Vectors of one scale that its codes start from, at most."""
-
 
 class VarTokenizer(nn.Module):
     """Multi-scale residual vector quantization of an autoencoder's features."""
@@ -223,12 +220,10 @@ class VarTokenizer(nn.Module):
         self, features: Float[Tensor, "b c h w"]
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
-        p, kept = self.params, None
+        p, kept, num_scales = self.params, None, len(self.layout.steps)
         if self.training and (p.scale_dropout or p.prefix_dropout):
-            num_scales = len(self.layout.steps)
-            kept = kept_scales(
-                features, num_scales, p.scale_dropout, p.prefix_dropout, p.prefix_min
-            )
+            rates = p.scale_dropout, p.prefix_dropout
+            kept = kept_scales(features, num_scales, *rates, p.prefix_min)
         ids, canvases, vectors = self._quantize(features, kept=kept)
         target = features.detach()
         loss = torch.stack(
@@ -265,7 +260,7 @@ class VarTokenizer(nn.Module):
                 shrunk = self.pyramid.shrink(rest, step)
                 vectors.append(rearrange(shrunk, "b c h w -> (b h w) c"))
                 if seed:
-                    self.codebook.seed(_some(vectors[-1]), step, len(self.layout.steps))
+                    self.codebook.seed(vectors[-1], step, len(self.layout.steps))
                 nearest = self.codebook.nearest(vectors[-1])
                 ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
                 grown = self._grow(self.codebook.embed(ids[-1]), step)
@@ -302,11 +297,3 @@ class VarTokenizer(nn.Module):
         counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
         # Of the whole batch: training averages this over the processes, each of which saw a share.
         self.hits.lerp_(counts.view_as(self.hits) * sandbox.world_size(), 0.01)
-
-
-def _some(vectors: Float[Tensor, "n c"]) -> Float[Tensor, "m c"]:
-    """At most MAX_SEED_VECTORS of them, evenly drawn."""
-    if len(vectors) <= MAX_SEED_VECTORS:
-        return vectors
-    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(0))
-    return vectors[order[:MAX_SEED_VECTORS].to(vectors.device)]
