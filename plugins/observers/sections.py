@@ -17,7 +17,7 @@ _ARROW = {1: "higher is better", -1: "lower is better", 0: ""}
 _NUM_TILES = 8
 _NUM_EARLIER = 5
 _EARLIER_PX = 340
-_SHARES = ("usage", "residual", "ids_changed", "of_kmeans")
+_SHARES = ("usage", "residual", "ids_changed", "of_kmeans_alone", "of_kmeans")
 _MEANINGS = {
     "used": "codes drawn",
     "usage": "their share of those that could have been",
@@ -28,6 +28,7 @@ _MEANINGS = {
     "ids_changed": "share of the ids that differ from the measurement before",
     "kmeans_perplexity": "of as many k-means codes for this scale by itself",
     "kmeans_shared_perplexity": "of as many for all scales together",
+    "of_kmeans_alone": "perplexity over kmeans_perplexity, the stricter measure",
     "of_kmeans": "perplexity over kmeans_shared_perplexity",
 }
 

@@ -25,9 +25,10 @@ class InspectTokenizer:
         """Images a pass."""
         kmeans: bool = True
         """Set the codes' perplexity beside that of k-means codes on the same vectors: as many for
-        each scale by itself, and as many for all scales together. `of_kmeans` is the perplexity
-        over the latter, since a tokenizer's codes serve all of its scales too. Clusters at most
-        100,000 vectors a scale; where there are few vectors a code, k-means looks too good."""
+        each scale by itself (`of_kmeans_alone` is the perplexity over theirs, the stricter
+        measure), and as many for all scales together (`of_kmeans`), since a tokenizer's codes
+        serve all of its scales too. Clusters at most 100,000 vectors a scale; where there are few
+        vectors a code, k-means looks too good."""
         precisions: bool = False
         """Also encode in TF32 (on a GPU) and bfloat16: which ids change, and the PSNR."""
         picture_images: int = Field(12, gt=0)
@@ -89,6 +90,7 @@ class InspectTokenizer:
         for row, own, common in zip(rows, alone, shared, strict=True):
             row["kmeans_perplexity"] = round(own, 2)
             row["kmeans_shared_perplexity"] = round(common, 2)
+            row["of_kmeans_alone"] = round(row["perplexity"] / own, 4)
             row["of_kmeans"] = round(row["perplexity"] / common, 4)
 
     @torch.no_grad()

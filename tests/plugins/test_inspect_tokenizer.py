@@ -104,9 +104,11 @@ def test_inspection_of_a_trained_tokenizer(tmp_path, one_thread):
     folder, result = inspected(tmp_path)
     assert [row["scale"] for row in result["codebook"]] == [1, 2, 3]
     for row in result["codebook"]:
-        assert row["of_kmeans"] == pytest.approx(
-            row["perplexity"] / row["kmeans_shared_perplexity"], abs=2e-3
-        )
+        for ratio, yardstick in (
+            ("of_kmeans", "kmeans_shared_perplexity"),
+            ("of_kmeans_alone", "kmeans_perplexity"),
+        ):
+            assert row[ratio] == pytest.approx(row["perplexity"] / row[yardstick], abs=2e-3)
         assert 1 <= row["kmeans_shared_perplexity"] <= 16 and row["kmeans_perplexity"] > 4
         assert row["residual"] > 0 and "psnr_upto" in row and "ids_changed" not in row
     assert 0 <= result["dead_codes"] < 16
