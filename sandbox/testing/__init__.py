@@ -140,7 +140,6 @@ def _tokenizer(case: _Case) -> None:
 
 def _attention(case: _Case) -> None:
     staircase = torch.ones(5, 7).tril(2).bool()
-    staircase = torch.ones(5, 7).tril(2).bool()
     calls = [(Mask(), 3, 9), (Mask(dense=staircase), 5, 7)]
     calls += [(Mask(layout.lens), layout.seq_len, layout.seq_len) for layout in LAYOUTS]
     for mask, num_queries, num_keys in calls:
