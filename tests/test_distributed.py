@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from pkgutil import iter_modules
 from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from torch import distributed as dist
 from torch import multiprocessing, nn
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from sandbox import agree, all_reduce_mean_, barrier, broadcast_, read_tensors
+from sandbox import Batch, agree, all_reduce_mean_, barrier, broadcast_, read_tensors
 from sandbox.cli import main
 from sandbox.plugins import BUILT_IN
+from sandbox_plugins.tasks.cache import cached
 from sandbox_plugins.tasks.upkeep import Average, average_buffers, check_together
 
 TRAINING = "batch_size: 16, checkpoint_every: 16, report_every: 32, num_validation_images: 16"
@@ -276,6 +279,35 @@ class Statistics(nn.Module):
         self.register_buffer("count", torch.tensor(value))
 
 
+class Few:
+    """Eight images, all of them their number."""
+
+    num_classes, class_names, image_size = 2, "ab", (1, 1)
+
+    def size(self, split):
+        return 8
+
+    def batch(self, split, indices, rng):
+        images = indices.view(-1, 1, 1, 1).expand(-1, 3, 1, 1).float()
+        return Batch(images, indices % 2)
+
+
+def encoded(rank, folder, said):
+    """What `train-generator` reads, of a tokenizer that is another one in every process."""
+    tokenizer = Statistics(rank)
+    tokenizer.vocab_size = 16
+    run = SimpleNamespace(
+        folder=Path(folder),
+        device=torch.device("cpu"),
+        dataset=Few(),
+        tokenizer=tokenizer,
+        generator=SimpleNamespace(prepare=lambda images: images[:, 0, 0].long() + rank),
+        settings=lambda slot: {"name": slot},
+        say=said.append,
+    )
+    return cached(run, "train", 3, 2, None).examples
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -299,7 +331,10 @@ def work(rank, folder):
     except Exception as error:
         complaint = str(error)
     barrier()
+    said = []
     found = {
+        "encoded": [encoded(rank, folder, said) for _ in range(2)],
+        "said": said,
         "mixed": mixed,
         "sent": sent,
         "agreed": agree({"rank": rank, "name": [1.5, None]}),
@@ -320,6 +355,9 @@ def test_what_processes_tell_one_another(tmp_path):
         assert number == 0.5 and torch.equal(double, torch.full((2,), 0.5, dtype=torch.float64))
         assert torch.equal(found["sent"][0], torch.zeros(2, 2, dtype=torch.long))
         assert found["sent"][1]
+        for examples in found["encoded"]:
+            assert examples.flatten().tolist() == [*range(8)] * 2 and examples.dtype == torch.int16
+        assert len(found["said"]) == (rank == 0)
         assert found["agreed"] == {"rank": 0, "name": [1.5, None]}
         for state in (found["network"], found["average"]):
             assert torch.equal(state["mean"], torch.tensor([0.5, 0.1])) and state["count"] == rank

@@ -51,9 +51,11 @@ def cached(
 ) -> Prepared:
     """The prepared data set of a split, from its file if there is one.
 
-    Of several processes the first one writes it, and the others wait.
+    Of several processes the first one names and writes it, and the others wait.
     """
-    folder = run.folder / "cache" / f"{split}-{_key(run, split, passes, limit)}"
+    # Agreed on: a last bit of the tokenizer's weights that differs must not make another name.
+    key = sandbox.agree(_key(run, split, passes, limit) if sandbox.rank() == 0 else "")
+    folder = run.folder / "cache" / f"{split}-{key}"
     size = run.dataset.size(split) if limit is None else min(limit, run.dataset.size(split))
     if sandbox.rank() == 0 and not (folder / "labels.npy").exists():
         run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
