@@ -1,4 +1,4 @@
-"""How images are drawn from a generator: with which sampler, in which precision.
+"""How images are drawn from a generator: with which sampler, of which classes.
 
 The one thing to hold in mind: a sampler only chooses among what the network predicts, so it can be
 replaced in a finished generator, and is put back afterwards.
@@ -6,8 +6,8 @@ replaced in a finished generator, and is put back afterwards.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -19,20 +19,6 @@ from sandbox import Part
 
 BEST = "sampler.json"
 """What the task `tune-sampler` leaves in its folder: the best setting found."""
-Precision = Literal["auto", "float32", "bfloat16"]
-
-
-def precision_on(device: torch.device, precision: Precision) -> Precision:
-    """What `auto` means: bfloat16 on a GPU, float32 on a CPU."""
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    return precision
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """Matrix work in the given precision; what the tokenizer paints protects itself."""
-    half = precision_on(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 def require_generator(run: sandbox.Run, untrained: bool) -> None:

@@ -7,7 +7,7 @@ of every batch; the first one alone validates and writes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch.optim import AdamW
 
 import sandbox
 
-from .settings import Training
+from .quiet import compiling_quietly
+from .settings import Training, autocast
 from .upkeep import (
     Average,
     average_buffers,
@@ -64,7 +65,9 @@ def train(fit: Fit) -> dict[str, Any]:
     once the task's result is kept. Raises RunError where the loss stops being finite.
     """
     _check_shares(fit)
-    with _laid_out_for_speed(fit.network, fit.run.device):
+    compiles = fit.settings.compiles(fit.run.device)
+    quiet = compiling_quietly() if compiles else nullcontext()
+    with _laid_out_for_speed(fit.network, fit.run.device), quiet:
         return _train(fit)
 
 
@@ -201,10 +204,10 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = settings.rate(progress)
         group["weight_decay"] = settings.decay_at(progress) if group["decays"] else 0.0
-    dtype, seen = settings.dtype(device), {}
+    seen: dict[str, Any] = {}
     optimizer.zero_grad(set_to_none=True)
     for part in _cut(batch, settings.accumulate):
-        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+        with autocast(device, settings.precision):
             losses = fit.loss(part, progress)
         share = len(part.labels) / len(batch.labels)
         (losses.total if share == 1 else losses.total * share).backward()

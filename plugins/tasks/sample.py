@@ -14,17 +14,10 @@ from torch import Tensor
 import sandbox
 
 from .arrays import new_array
-from .drawing import (
-    Precision,
-    autocast,
-    best_sampler,
-    drawing_with,
-    in_turn,
-    precision_on,
-    require_generator,
-)
+from .drawing import best_sampler, drawing_with, in_turn, require_generator
 from .npz import from_uint8, to_uint8, write_npz
 from .plan import sampling_plan
+from .settings import Precision, autocast, precision_on
 from .sources import ARRAY, FACTS, LABELS
 from .train_generator import coarse_to_fine
 

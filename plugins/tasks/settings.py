@@ -1,5 +1,6 @@
-"""The settings that every task which trains has, and the learning rate they describe."""
+"""The settings that every task which trains has, and what they mean: rate, decay, precision."""
 
+from contextlib import AbstractContextManager
 from math import cos, pi
 from typing import Any, Literal
 
@@ -7,6 +8,21 @@ import torch
 from pydantic import Field, field_validator
 
 import sandbox
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def precision_on(device: torch.device, precision: Precision) -> Precision:
+    """What `auto` means: bfloat16 on a GPU, float32 on a CPU."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """Matrix work in the given precision; what must be exact protects itself."""
+    half = precision_on(device, precision) == "bfloat16"
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
 
 
 class Training(sandbox.Params):
@@ -39,7 +55,7 @@ class Training(sandbox.Params):
     """Largest gradient norm."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential average of the weights, which is then what is kept; off if absent."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """Of the matrix work. `auto`: bfloat16 on a GPU, float32 on a CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether the network's kernels are built for it by torch.compile. `auto`: on a GPU, for at
@@ -90,6 +106,5 @@ class Training(sandbox.Params):
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The autocast type on `device`; float32 means no autocast."""
-        if self.precision == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-        return torch.float32 if self.precision == "float32" else torch.bfloat16
+        half = precision_on(device, self.precision) == "bfloat16"
+        return torch.bfloat16 if half else torch.float32

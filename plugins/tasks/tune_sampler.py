@@ -17,20 +17,11 @@ from torch import Tensor
 import sandbox
 from sandbox import Evidence, Part, Split
 
-from .drawing import (
-    BEST,
-    Precision,
-    adjusted,
-    autocast,
-    drawing_with,
-    in_turn,
-    precision_on,
-    require_generator,
-    sampler_of,
-)
+from .drawing import BEST, adjusted, drawing_with, in_turn, require_generator, sampler_of
 from .evidence import evidence, extractor, named_scores, require_extractor
 from .npz import from_uint8, to_uint8
 from .plan import sampling_plan
+from .settings import Precision, autocast, precision_on
 
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]
 

@@ -9,7 +9,8 @@ import torch
 
 import sandbox
 from sandbox.testing import sandbox_project
-from sandbox_plugins.tasks.drawing import adjusted, autocast, in_turn, precision_on
+from sandbox_plugins.tasks.drawing import adjusted, in_turn
+from sandbox_plugins.tasks.settings import autocast, precision_on
 from sandbox_plugins.tasks.tune_sampler import TuneSampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,5 +1,7 @@
 """The training loop: what it begins with, keeps, reports, leaves, and that no GPU waits for it."""
 
+import logging
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,6 +130,30 @@ def test_reports_tell_the_speed_and_nothing_else_by_the_clock(tmp_path):
     for _, scalars in reports:
         assert scalars["images_per_second"] > 0
         assert set(scalars) == {"loss", "gradient_norm", "learning_rate", "images_per_second"}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("setting", ["on", "off"])
+def test_what_the_compiler_says_in_vain_is_kept_out_and_nothing_else(tmp_path, setting, caplog):
+    made = fit(tmp_path, num_images=8, compile=setting)
+    made.fit.compile = lambda: None
+    told = logging.getLogger("torch.utils._sympy.interp")
+    loss = made.fit.loss
+
+    def talkative(batch, progress):
+        warnings.warn("TensorFloat32 tensor cores are available but not enabled", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        for name in ("pow_by_natural", "pow"):
+            told.warning("failed while executing %s(%s)", name, [1, 2])
+        return loss(batch, progress)
+
+    made.fit.loss = talkative
+    with pytest.warns(UserWarning) as warned:
+        train(made.fit)
+    spared = setting == "on"
+    assert len(warned) == 2 - spared and str(warned[-1].message) == "something else"
+    assert len(caplog.messages) == 2 - spared and "executing pow(" in caplog.messages[-1]
+    assert not told.filters
 
 
 @pytest.mark.parametrize(("setting", "calls"), [("on", 1), ("off", 0), ("auto", 0)])

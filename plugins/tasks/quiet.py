@@ -1,0 +1,34 @@
+"""What torch's compiler says of its own work, kept from the person who reads.
+
+The one thing to hold in mind: only notices that are known to be harmless are kept out, each by its
+own words; whatever else the compiler says is still told.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_BOUNDS = logging.getLogger("torch.utils._sympy.interp")
+
+
+@contextmanager
+def compiling_quietly() -> Iterator[None]:
+    """Within this context, keep out two notices.
+
+    "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
+    is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
+    "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
+    computed. What matters in it is raised as well; the compiler goes on without the bounds.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        _BOUNDS.addFilter(_is_news)
+        try:
+            yield
+        finally:
+            _BOUNDS.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("failed while executing pow_by_natural(")
