@@ -5,6 +5,7 @@ operations and what autograd keeps, and then puts weights, gradients and random 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import perf_counter
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
-from .settings import Training
+from .settings import Training, autocast
 
 
 def training_plan(
@@ -24,7 +25,12 @@ def training_plan(
     trial_size = max(
         1, min(settings.batch_size // settings.accumulate, 2 if _large(network) else 64)
     )
-    seconds, flops, kept = _trial(network, lambda: loss(trial_size), run.device)
+
+    def trial() -> Tensor:
+        with autocast(run.device, settings.precision):
+            return loss(trial_size)
+
+    seconds, flops, kept = _trial(network, trial, run.device)
     per_image, per_batch = seconds / trial_size, settings.batch_size // settings.accumulate
     weights = num_parameters * (16 + (4 if settings.ema else 0))
     activations = kept / trial_size * per_batch
@@ -42,7 +48,7 @@ def training_plan(
 def sampling_plan(run: sandbox.Run, num_images: int, batch_size: int) -> dict[str, str]:
     """The plan of a generation, from one image generated on trial."""
     network, label = run.generator.network, torch.zeros(1, dtype=torch.long, device=run.device)
-    with torch.random.fork_rng():
+    with _own_randomness(run.device):
         if run.device.type == "cuda":
             run.generator.generate(label, run.rng("warm-up"))
         began = _now(run.device)
@@ -78,7 +84,7 @@ def _trial(
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.random.fork_rng():
+    with _own_randomness(device):
         network.train()
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -92,6 +98,11 @@ def _trial(
     network.load_state_dict(before)
     network.train(training)
     return seconds, float(counter.get_total_flops()), float(sum(kept.values()))
+
+
+def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """Put the random streams of the CPU and of this one GPU back afterwards."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _now(device: torch.device) -> float:
