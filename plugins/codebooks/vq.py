@@ -73,12 +73,8 @@ class VQ(nn.Module):
             nn.init.uniform_(self.embedding.weight, -1 / self.vocab_size, 1 / self.vocab_size)
         self.embedding.weight.requires_grad_(params.update == "gradient")
         self.usage: Tensor
-        self.recent: Tensor
         self.num_steps: Tensor
         self.register_buffer("usage", torch.ones(self.vocab_size))  # its mean is 1
-        # The same from nothing: a code that is never chosen shows after one batch, not when a first
-        # value that was only assumed has faded.
-        self.register_buffer("recent", torch.zeros(self.vocab_size))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
         store(self, "cosine", params.lookup == "cosine", "lookup", _lookup_of)
         self._weights: tuple[tuple[object, ...], Tensor, float] | None = None
@@ -163,8 +159,8 @@ class VQ(nn.Module):
     ) -> Mapping[str, float | Tensor]:
         """Move averages and restart dead codes; does not wait for the device.
 
-        Returns `codes_alive`, the share of the codes whose recent usage is above the threshold,
-        and `codes_restarted`, how many were moved in this step.
+        Returns `codes_alive`, the share of the codes whose usage, less what was assumed at the
+        start, is above the threshold, and `codes_restarted`, how many were moved in this step.
         """
         if not self._noted:
             return {}
@@ -175,18 +171,18 @@ class VQ(nn.Module):
         p, step = self.params, self._step + 1
         self.num_steps += 1
         self.usage.lerp_(noted[0], 1 - p.decay)
-        self.recent.lerp_(noted[0], 1 - p.decay)
         if p.update == "ema":
             self._average(*noted)
-        even = 1 - p.decay**step  # what a code that is used as much as all others would have
-        dead = self.recent < p.restart_threshold * even
+        # Usage began at 1, which was only assumed. Less what is left of that, a code that is never
+        # chosen shows at once; no code has less left (a decay may have changed on the way).
+        assumed = self.usage.min().clamp(max=p.decay**step)
+        dead = self.usage - assumed < p.restart_threshold * (1 - assumed)
         scalars: dict[str, float | Tensor] = {
             "codes_alive": 1 - dead.float().mean(),
             "codes_restarted": 0.0,
         }
         if p.restart and progress < p.restart_until and step % p.restart_every == 0:
             self._restart(dead, optimizer, rng)
-            self.recent.masked_fill_(dead, even)
             scalars["codes_restarted"] = dead.float().sum()
         self._noted, self._num_noted, self._vectors, self._step = [], 0, [], step
         return scalars
