@@ -73,7 +73,10 @@ def first_to_fail() -> bool:
 
 @torch.no_grad()
 def all_reduce_mean_(tensors: Sequence[Tensor]) -> None:
-    """Put the mean over all processes in place of each tensor, in one exchange a data type."""
+    """Put the mean over all processes in place of each tensor, in one exchange a data type.
+
+    The tensors are floating, of any shape, and the same ones in the same order everywhere.
+    """
     if world_size() == 1:
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):

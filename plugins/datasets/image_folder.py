@@ -1,12 +1,10 @@
 """Image files in class folders, as in ImageNet, decoded when they are asked for."""
 
-import os
 import struct
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,26 +18,14 @@ from torch import Tensor
 
 import sandbox
 
+from .class_folders import splits
 from .images import ImageSize, check_indices, from_bytes, randomly_flipped
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_LAYOUT = (
-    "lay the images out as ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg (ImageNet: "
-    "https://image-net.org/download), as ROOT/CLASS/*.jpg, or without classes as ROOT/*.jpg"
-)
 # What Pillow's decoders let through when a file is cut or damaged.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
     Image.DecompressionBombError,
 )
-
-
-@dataclass(frozen=True)
-class _Files:
-    """The files of a split; `labels` index the class names of the data set."""
-
-    paths: list[str]
-    labels: list[int]
 
 
 class ImageFolder:
@@ -77,7 +63,9 @@ class ImageFolder:
         """List the files. Raises SandboxError where the folder is missing, empty or ambiguous."""
         self._params = params
         self.image_size = params.image_size
-        self.class_names, self._files = _splits(params)
+        self.class_names, self._files = splits(
+            params.root.expanduser(), params.validation_share, params.seed
+        )
         self.num_classes = len(self.class_names)
         self.skipped: list[str] = []
         self._held: dict[sandbox.Split, tuple[Tensor, Tensor]] = {}
@@ -229,82 +217,3 @@ def _cropped(
     resized = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
     pixels = np.array(resized.crop((left, top, left + width, top + height)))
     return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
-
-
-def _splits(params: ImageFolder.Params) -> tuple[list[str], dict[sandbox.Split, _Files]]:
-    """Class names and the files of both splits."""
-    root = params.root.expanduser()
-    if not root.is_dir():
-        raise sandbox.SandboxError(f"image-folder: no folder {root}; {_LAYOUT}")
-    if not (root / "train").is_dir():
-        class_names, files = _listed(root)
-        return class_names, _divided(files, params)
-    if not (root / "val").is_dir():
-        raise sandbox.SandboxError(
-            f"image-folder: {root} has a folder train but no val: add it, or set root to "
-            f"{root / 'train'} to have a share of it held out"
-        )
-    class_names, train = _listed(root / "train")
-    val_names, val = _listed(root / "val")
-    if unknown := sorted(set(val_names) - set(class_names)):
-        raise sandbox.SandboxError(
-            f"image-folder: {root / 'val'} has classes that {root / 'train'} has not, such as "
-            f"{unknown[0]!r}: remove them or add them there"
-        )
-    labels = [class_names.index(val_names[label]) for label in val.labels]
-    return class_names, {"train": train, "validation": _Files(val.paths, labels)}
-
-
-def _listed(folder: Path) -> tuple[list[str], _Files]:
-    """Class names (the subfolders, sorted) and all files in them, or one class of loose files."""
-    loose = _images_in(folder, deep=False)
-    folders = sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-    members = {f.name: _images_in(f, deep=True) for f in folders}
-    if loose and any(members.values()):
-        raise sandbox.SandboxError(
-            f"image-folder: {folder} holds both images ({Path(loose[0]).name}) and class folders "
-            f"({next(name for name, paths in members.items() if paths)}): move one of them away"
-        )
-    if loose:
-        members = {"image": loose}
-    if not any(members.values()):
-        raise sandbox.SandboxError(f"image-folder: no images in {folder}; {_LAYOUT}")
-    if empty := [name for name, paths in members.items() if not paths]:
-        raise sandbox.SandboxError(
-            f"image-folder: the class folder {folder / empty[0]} has no images "
-            f"({', '.join(_SUFFIXES)}): fill or remove it"
-        )
-    labels = [label for label, paths in enumerate(members.values()) for _ in paths]
-    return list(members), _Files([p for paths in members.values() for p in paths], labels)
-
-
-def _images_in(folder: Path, deep: bool) -> list[str]:
-    """The image files in a folder, sorted; also those further down where `deep`."""
-    found: list[str] = []
-    for path, folders, names in os.walk(folder, followlinks=True):
-        found += [
-            os.path.join(path, name)
-            for name in names
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-        ]
-        if not deep:
-            folders.clear()
-    return sorted(found)
-
-
-def _divided(files: _Files, params: ImageFolder.Params) -> dict[sandbox.Split, _Files]:
-    """Hold a seeded share out; each split keeps the order of the files."""
-    num = len(files.paths)
-    if num < 2:
-        raise sandbox.SandboxError(
-            f"image-folder: {params.root} has one image, but training and validation need one each"
-        )
-    num_held_out = min(max(round(params.validation_share * num), 1), num - 1)
-    order = torch.randperm(num, generator=torch.Generator().manual_seed(params.seed)).tolist()
-    parts = {"train": order[num_held_out:], "validation": order[:num_held_out]}
-    return {
-        split: _Files(
-            [files.paths[i] for i in sorted(part)], [files.labels[i] for i in sorted(part)]
-        )
-        for split, part in parts.items()
-    }

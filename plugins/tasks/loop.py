@@ -62,7 +62,8 @@ def train(fit: Fit) -> dict[str, Any]:
     """Train to the end, or on to it from the last checkpoint; returns the last validation.
 
     The network is left with the weights to keep. The last checkpoint stays for the run to delete,
-    once the task's result is kept. Raises RunError where the loss stops being finite.
+    once the task's result is kept. Raises RunError where the loss stops being finite or processes
+    drift apart, SandboxError where the batch cannot be shared among them.
     """
     _check_shares(fit)
     compiles = fit.settings.compiles(fit.run.device)
