@@ -151,7 +151,7 @@ def describe(result: Mapping[str, Any], indent: str = "  ") -> list[str]:
             lines += [f"{indent}{key}", *describe(value, indent + "  ")]
         elif is_table(value):
             lines += [f"{indent}{key}", *_table(value, indent + "  ")]
-        elif isinstance(value, list) and all(isinstance(each, int | float) for each in value):
+        elif value and isinstance(value, list) and all(isinstance(v, int | float) for v in value):
             lines.append(f"{indent}{key}  {'  '.join(map(number, value))}")
         else:
             text = json.dumps(value, default=str)

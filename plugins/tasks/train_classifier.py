@@ -45,12 +45,10 @@ class TrainClassifier:
         return training_plan(run, self.params, run.features.network, loss)
 
     def run(self, run: sandbox.Run) -> dict[str, Any]:
-        params = self.params
-
         result = train(
             Fit(
                 run,
-                params,
+                self.params,
                 run.features.network,
                 run.dataset,
                 "classifier",

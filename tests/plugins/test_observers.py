@@ -261,6 +261,7 @@ def test_scores_by_scale_are_one_line_each():
         "l2": 0.1, "used by scale": [3, 5], "kept/scale1": 1, "odd/scale2": 2,
     }  # fmt: skip
     assert "    used by scale  3  5" in describe({"validation": scores})
+    assert describe({"notes": []}) == ["  notes  []"]
     page = facts({"validation": scores})
     assert "<th>used by scale</th><td>3, 5</td>" in page
 
