@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 import sandbox
 
-from .settings import Training
+from .settings import Training, autocast
 from .upkeep import load_optimizer
 
 BETAS, CLIP = (0.5, 0.9), 1.0
@@ -93,9 +93,9 @@ class Contest:
         This is a step less the other processes and the optimiser: what a plan measures.
         """
         shown, self._shown, found = self._shown, [], {}
-        dtype, num_images = self.settings.dtype(self.device), sum(len(fake) for fake, _ in shown)
+        num_images = sum(len(fake) for fake, _ in shown)
         for fake, real in shown:
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            with autocast(self.device, self.settings.precision):
                 losses = self.adversary.discriminate(fake, real, self._progress)
             share = len(fake) / num_images
             (losses.total * share).backward()

@@ -103,8 +103,3 @@ class Training(sandbox.Params):
         if self.compile == "auto":
             return device.type == "cuda" and self.num_images >= 500 * self.batch_size
         return self.compile == "on"
-
-    def dtype(self, device: torch.device) -> torch.dtype:
-        """The autocast type on `device`; float32 means no autocast."""
-        half = precision_on(device, self.precision) == "bfloat16"
-        return torch.bfloat16 if half else torch.float32
