@@ -1,7 +1,10 @@
 """Which scales of which images count in a training step.
 
-Leaving scales out makes the coarse ones carry more: each scale with the same probability (BitVAE,
+Leaving scales out makes the coarse ones carry more: each with the same probability (BitVAE,
 Infinity, arXiv 2412.04431), or all after the first few (ImageFolder, arXiv 2410.01756).
+
+A scale that is left out is looked up all the same, and the codebook takes note of its vectors and
+of those of later scales, in which what it would have taken away is still there.
 """
 
 import torch
