@@ -57,10 +57,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose name has this text")
     options = parser.parse_args()
     jobs = [
-        (name, seed)
-        for seed in range(options.seeds)
-        for name in VARIANTS
-        if options.only in name
+        (name, seed) for seed in range(options.seeds) for name in VARIANTS if options.only in name
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda job: run(*job, options), jobs))

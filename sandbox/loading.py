@@ -96,8 +96,8 @@ def _pinned(batches: Iterator[Batch], device: torch.device) -> Batch:
 
 def _loaded(batches: "_Batches", num_workers: int) -> Iterator[Batch]:
     if num_workers == 0:
-        yield from (batches[number] for number in _count())
-    yield from DataLoader(
+        return (batches[number] for number in _count())
+    loader = DataLoader(
         batches,
         batch_size=None,
         sampler=_Count(),
@@ -105,6 +105,12 @@ def _loaded(batches: "_Batches", num_workers: int) -> Iterator[Batch]:
         collate_fn=_as_is,
         generator=generator("cpu", batches.seed),  # else it draws from the stream of dropout
     )
+    # Begun here, not at the first batch: processes are forked before there is a second thread.
+    return _passed_on(iter(loader))
+
+
+def _passed_on(batches: Iterator[Batch]) -> Iterator[Batch]:
+    yield from batches  # a generator, which can be closed
 
 
 class _Batches(TorchDataset[Batch]):
