@@ -3,7 +3,7 @@
     python benchmarks/codebook_care.py --jobs 2 --out docs/results/codebook-care
 
 Trains the tokenizer of `codebook_care.yaml` once for each variant and seed (CPU, one thread each),
-and writes a table (README.md) and all numbers (results.json). Runs that are there are kept.
+and writes a table (table.md) and all numbers (results.json). Runs that are there are kept.
 """
 
 import argparse
