@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 import sandbox
 
@@ -52,7 +52,7 @@ class Fit:
     loss: Callable[[sandbox.Batch, float], sandbox.Losses]
     validate: Callable[[], Mapping[str, float]]
     score: str
-    after_step: Callable[[AdamW, float, int], Mapping[str, float | Tensor]] | None = None
+    after_step: Callable[[Optimizer, float, int], Mapping[str, float | Tensor]] | None = None
     begin: Callable[[], None] | None = None
     keep: Mapping[str, Any] = field(default_factory=dict)
     compile: Callable[[], None] | None = None
@@ -199,13 +199,14 @@ def _batches(fit: Fit, start: int) -> Any:
 
 
 def _step(
-    fit: Fit, optimizer: AdamW, batch: sandbox.Batch, progress: float
+    fit: Fit, optimizer: Optimizer, batch: sandbox.Batch, progress: float
 ) -> Mapping[str, float | Tensor]:
     settings, device = fit.settings, fit.run.device
     for group in optimizer.param_groups:
         group["lr"] = settings.rate(progress)
         group["weight_decay"] = settings.decay_at(progress) if group["decays"] else 0.0
     seen: dict[str, Any] = {}
+    torch.compiler.cudagraph_mark_step_begin()
     optimizer.zero_grad(set_to_none=True)
     for part in _cut(batch, settings.accumulate):
         with autocast(device, settings.precision):
@@ -261,7 +262,7 @@ def _save(
     fit: Fit,
     checkpoints: sandbox.Checkpoints,
     position: Mapping[str, Any],
-    optimizer: AdamW,
+    optimizer: Optimizer,
     average: Average | None,
     keep: Mapping[str, Any],
 ) -> None:

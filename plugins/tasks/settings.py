@@ -45,8 +45,11 @@ class Training(sandbox.Params):
     """How the rate falls after the warm-up."""
     final_factor: float = Field(0.1, ge=0, le=1)
     """The rate at the end, as a factor of its peak."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or gradient descent with Nesterov's momentum (of `betas` the first)."""
     weight_decay: float = Field(0.05, ge=0)
-    """AdamW's decoupled decay; not on biases, norms, and what the network excludes."""
+    """AdamW's decoupled decay, `sgd`'s L2 penalty; not on biases, norms, and what the network
+    excludes."""
     final_weight_decay: float | None = Field(None, ge=0)
     """The decay at the end, reached along a cosine; the same throughout when absent."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -97,6 +97,7 @@ class TrainTokenizer:
                 after_step,
                 begin,
                 {"health": health} | ({"contest": contest} if contest is not None else {}),
+                lambda: _compile(tokenizer, params, run.device),
             )
         )
         run.save_weights("tokenizer", tokenizer.state_dict(), images_seen=result["images_seen"])
@@ -146,6 +147,15 @@ class TrainTokenizer:
             value = loss.loss(fake, images)
             parts[part.name] = parts[part.name] + value if part.name in parts else value
         return parts
+
+
+def _compile(tokenizer: nn.Module, params: Training, device: torch.device) -> None:
+    """On a GPU as CUDA graphs, whose many short kernels are launched at once.
+
+    A graph's outputs live until it runs again, so it cannot run twice for one optimiser step.
+    """
+    graphs = device.type == "cuda" and params.accumulate == 1
+    tokenizer.compile(mode="reduce-overhead" if graphs else None)
 
 
 def _trainable(run: sandbox.Run) -> Any:

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 import sandbox
 
 from .settings import Training
 
 
-def optimizer_of(network: nn.Module, settings: Training, device: torch.device) -> AdamW:
-    """AdamW over decayed and undecayed parameters; on a GPU in a few launches a step.
+def optimizer_of(network: nn.Module, settings: Training, device: torch.device) -> Optimizer:
+    """What the settings name, over decayed and undecayed parameters; on a GPU in a few launches.
 
     Spared of decay are biases, norms and, by timm's convention, what the network excludes.
     """
@@ -27,12 +27,11 @@ def optimizer_of(network: nn.Module, settings: Training, device: torch.device) -
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith("bias") and name not in spared
             groups[decays].append(parameter)
-    return AdamW(
-        [{"params": p, "decays": decays} for decays, p in groups.items() if p],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True if device.type == "cuda" else None,
-    )
+    apart = [{"params": p, "decays": decays} for decays, p in groups.items() if p]
+    rate, fused = settings.learning_rate, True if device.type == "cuda" else None
+    if settings.optimizer == "sgd":
+        return SGD(apart, lr=rate, momentum=settings.betas[0], nesterov=True, fused=fused)
+    return AdamW(apart, lr=rate, betas=settings.betas, fused=fused)
 
 
 class Average:
@@ -71,7 +70,7 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def state_of(
-    network: nn.Module, optimizer: AdamW, average: Average | None, keep: Mapping[str, Any]
+    network: nn.Module, optimizer: Optimizer, average: Average | None, keep: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that decides how the training goes on, but for its position."""
     return {
@@ -86,7 +85,7 @@ def state_of(
 def restore(
     state: Mapping[str, Any],
     network: nn.Module,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     average: Average | None,
     keep: Mapping[str, Any],
 ) -> None:
@@ -101,7 +100,7 @@ def restore(
     sandbox.set_random_states(state["random"])
 
 
-def load_optimizer(optimizer: AdamW, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load a state from a file, where tensors lie plain; moments then lie as their parameters do.
 
     A fused step pairs a parameter with its moments by place in memory.
@@ -109,7 +108,7 @@ def load_optimizer(optimizer: AdamW, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, tensor in moments.items():
-            if tensor.shape == parameter.shape:
+            if isinstance(tensor, Tensor) and tensor.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter).copy_(tensor)
 
 

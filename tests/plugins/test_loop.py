@@ -219,11 +219,12 @@ def test_the_average_follows_in_place_and_notices_what_was_replaced():
         average.check()
 
 
-def test_a_state_restores_moments_in_the_memory_order_of_their_weights(tmp_path):
+@pytest.mark.parametrize(("name", "moment"), [("adamw", "exp_avg"), ("sgd", "momentum_buffer")])
+def test_a_state_restores_moments_in_the_memory_order_of_their_weights(tmp_path, name, moment):
     def build():
         torch.manual_seed(0)
         network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-        return network, optimizer_of(network, Training(num_images=1), CPU)
+        return network, optimizer_of(network, Training(num_images=1, optimizer=name), CPU)
 
     def step(network, optimizer):
         optimizer.zero_grad()
@@ -236,7 +237,7 @@ def test_a_state_restores_moments_in_the_memory_order_of_their_weights(tmp_path)
     checkpoints.save(1, state_of(network, optimizer, None, {}))
     other, its_optimizer = build()
     restore(checkpoints.newest(), other, its_optimizer, None, {})
-    moments = its_optimizer.state[other.weight]["exp_avg"]
+    moments = its_optimizer.state[other.weight][moment]
     assert moments.stride() == other.weight.stride() != torch.empty(4, 3, 3, 3).stride()
     for pair in ((network, optimizer), (other, its_optimizer)):
         step(*pair)
