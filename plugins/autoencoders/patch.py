@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import sandbox
 
-from .layers import conv3
+from .layers import GroupNorm, conv3
 
 
 class Patch(nn.Module):
@@ -55,8 +55,8 @@ class SmallBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         num_groups = width // 4
-        self.norm1, self.conv1 = nn.GroupNorm(num_groups, width), conv3(width, width)
-        self.norm2, self.conv2 = nn.GroupNorm(num_groups, width), conv3(width, width)
+        self.norm1, self.conv1 = GroupNorm(num_groups, width), conv3(width, width)
+        self.norm2, self.conv2 = GroupNorm(num_groups, width), conv3(width, width)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
         h = self.conv1(F.silu(self.norm1(x)))

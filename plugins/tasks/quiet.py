@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 
@@ -20,8 +22,10 @@ def compiling_quietly() -> Iterator[None]:
     is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
     "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
+    And let it compile one piece of code (the `forward` of a class, say) for many modules, where it
+    would give up after a few.
     """
-    with warnings.catch_warnings():
+    with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         _BOUNDS.addFilter(_is_news)
         try:
