@@ -16,14 +16,13 @@ _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 @contextmanager
 def compiling_quietly() -> Iterator[None]:
-    """Within this context, keep out two notices.
+    """Within this context, keep out two notices, and let the compiler go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
     is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
     "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
-    And let it compile one piece of code (the `forward` of a class, say) for many modules, where it
-    would give up after a few.
+    By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
     """
     with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
