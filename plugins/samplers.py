@@ -1,14 +1,14 @@
 """Samplers: logits to ids.
 
 The one idea to hold: a sampler first narrows the distribution, then draws from what is left with
-the generator it is handed and nothing else, so the same random state gives the same ids.
+the generator it is handed and nothing else, so the same random state gives the same ids. Nothing
+here sorts or waits for the device, and all shapes are static: a CUDA graph can hold it.
 """
 
 import math
 from typing import Any, Literal
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -69,9 +69,14 @@ class TopKTopP(Greedy):
     def draw(
         self, logits: Float[Tensor, "b n v"], progress: float, rng: torch.Generator
     ) -> Int[Tensor, "b n"]:
-        probabilities = rearrange(self._narrowed(logits).softmax(dim=-1), "b n v -> (b n) v")
-        ids = torch.multinomial(probabilities, 1, replacement=True, generator=rng)
-        return rearrange(ids, "(b n) 1 -> b n", b=len(logits))
+        """The id that wins an exponential race: the greatest p / Exp(1) is i as often as p_i says.
+
+        `torch.multinomial` draws one id so, and these are its ids; but it waits for the device to
+        refuse NaN, which is not noticed here.
+        """
+        probabilities = self._narrowed(logits).softmax(dim=-1)
+        noise = torch.empty_like(probabilities, memory_format=torch.contiguous_format)
+        return (probabilities / noise.exponential_(generator=rng)).argmax(dim=-1)
 
     def soften(
         self, logits: Float[Tensor, "b n v"], progress: float, rng: torch.Generator
@@ -84,14 +89,58 @@ class TopKTopP(Greedy):
         return ((self._narrowed(logits) * (1 + progress) + noise) / temperature).softmax(dim=-1)
 
     def _narrowed(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n v"]:
-        """Logits with -inf at every id that may not be drawn."""
-        logits = logits / self.params.temperature
+        """Logits with -inf at every id that may not be drawn.
+
+        Top-k keeps the ids that have fewer than k likelier ones; top-p keeps those whose likelier
+        ones have less than `top_p` of the mass that top-k left. Equal logits stay or go together.
+        """
+        logits = (logits / self.params.temperature).float()
+        likeliest, ids = logits, None
         if 0 < self.params.top_k < logits.shape[-1]:
-            least = logits.topk(self.params.top_k, dim=-1).values.amin(dim=-1, keepdim=True)
+            likeliest, ids = logits.topk(self.params.top_k, dim=-1, sorted=False)
+            least = likeliest.amin(dim=-1, keepdim=True)
             logits = logits.masked_fill(logits < least, -torch.inf)
         if self.params.top_p < 1:
-            ascending, order = logits.sort(dim=-1)
-            cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - self.params.top_p
-            cut[..., -1] = False  # the likeliest id always stays
-            logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
+            masses = _masses(logits)
+            enough = masses.sum(dim=-1, keepdim=True).double() * self.params.top_p
+            masses = masses if ids is None else masses.gather(-1, ids)
+            logits = logits.masked_fill(logits < _least(likeliest, masses, enough), -torch.inf)
         return logits
+
+
+MASS = 2**40
+"""What the likeliest id counts."""
+
+
+def _masses(logits: Float[Tensor, "*b v"]) -> Int[Tensor, "*b v"]:
+    """Probabilities in units of 2^-40 of the greatest: whole, so every order of summing agrees."""
+    return (logits - logits.amax(dim=-1, keepdim=True)).exp_().mul_(MASS).long()
+
+
+def _least(
+    logits: Float[Tensor, "*b v"], masses: Int[Tensor, "*b v"], enough: Float[Tensor, "*b 1"]
+) -> Float[Tensor, "*b 1"]:
+    """The least logit such that those greater have less mass than `enough`, which is positive.
+
+    A radix search: float32 is ordered as its bits are, once the lower ones of negative numbers and
+    the sign are flipped. Byte by byte from the highest, this finds that of the logit looked for in
+    a histogram of the logits that agree with it so far.
+    """
+    bits = _flipped((logits + 0.0).view(torch.int32)) ^ -(2**31)  # -0.0 counts as 0.0
+    above = torch.zeros_like(masses[..., :1])  # the mass of logits that are greater for sure
+    found = torch.zeros_like(above)
+    for shift in (24, 16, 8, 0):
+        digits = (bits >> shift).bitwise_and_(255)
+        histogram = above.new_zeros(*above.shape[:-1], 256)
+        histogram.scatter_add_(-1, digits.long(), masses)
+        greater = above + histogram.sum(dim=-1, keepdim=True) - histogram.cumsum(dim=-1)
+        digit = (greater < enough).int().argmax(dim=-1, keepdim=True)  # the first such
+        above, found = greater.gather(-1, digit), (found << 8) + digit
+        if shift:
+            masses = masses.masked_fill(digits != digit, 0)
+    return _flipped((found - 2**31).int()).view(torch.float32)
+
+
+def _flipped(bits: Int[Tensor, "*axes"]) -> Int[Tensor, "*axes"]:
+    """Bits of float32, the lower 31 flipped where the sign is set; twice is as they were."""
+    return bits ^ ((bits >> 31) & (2**31 - 1))

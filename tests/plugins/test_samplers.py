@@ -2,8 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from sandbox_plugins.samplers import Greedy, TopKTopP
+from sandbox_plugins.samplers import Greedy, TopKTopP, _masses
 
 seeds = st.integers(0, 2**16)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40))
@@ -19,6 +20,26 @@ def rng(seed):
 
 def logits_of(shape, seed):
     return 3 * torch.randn(*shape, generator=rng(seed))
+
+
+def kept_ids(part, logits):
+    """Which ids may be drawn."""
+    return part._narrowed(logits) > -torch.inf
+
+
+def kept_by_sorting(logits, top_k, top_p):
+    """The same by its definition, from a sorted list: `b n v` booleans. Sums are whole numbers."""
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.sort(descending=True).values[..., top_k - 1, None]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        descending, order = logits.sort(descending=True)
+        masses = _masses(logits).gather(-1, order)
+        likelier = masses.cumsum(-1) - masses
+        stays = likelier < masses.sum(-1, keepdim=True).double() * top_p
+        least = descending.gather(-1, stays.sum(-1, keepdim=True) - 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits > -torch.inf
 
 
 def allowed_ids(logits, top_k, top_p):
@@ -83,6 +104,107 @@ def test_a_vanishing_temperature_is_greedy(shape, seed):
     assert torch.equal(sampler(temperature=1e-6).draw(logits, 0.5, rng(seed)), greedy)
     assert torch.equal(sampler(top_k=1).draw(logits, 0.5, rng(seed)), greedy)
     assert torch.equal(sampler(top_p=1e-6).draw(logits, 0.5, rng(seed)), greedy)
+
+
+alike = st.sampled_from([-torch.inf, -1e30, -2.0, -0.0, 0.0, 1e-45, 1.0, 1.0000001, 3.0])
+anything = st.floats(max_value=2.0**99, width=32, allow_nan=False)
+shares = st.sampled_from([1e-9, 1e-3, 0.5, 0.96, 1 - 1e-9, 1.0]) | st.floats(1e-9, 1)
+
+
+@st.composite
+def rows_with_ties(draw, values):
+    """Logits `2 2 v`, each row with at least one that is finite."""
+    v = draw(st.integers(1, 12))
+    rows = draw(st.lists(st.lists(values, min_size=v, max_size=v), min_size=4, max_size=4))
+    logits = torch.tensor(rows).view(2, 2, v)
+    return torch.where((logits > -torch.inf).any(-1, keepdim=True), logits, 0.0)
+
+
+@given(logits=rows_with_ties(alike) | rows_with_ties(anything), top_k=st.integers(0, 13), p=shares)
+def test_what_is_kept_is_what_sorting_keeps_ties_included(logits, top_k, p):
+    kept = kept_ids(sampler(top_k=top_k, top_p=p), logits)
+    assert torch.equal(kept, kept_by_sorting(logits, top_k, p))
+    assert kept.gather(-1, logits.argmax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 900, 4095, 4096, 5000])
+@pytest.mark.parametrize("top_p", [1e-9, 0.5, 0.96, 1 - 1e-6, 1.0])
+def test_of_the_published_vocabulary_is_kept_what_sorting_keeps(top_k, top_p):
+    smooth = 3 * torch.randn(2, 8, 4096, generator=rng(0))
+    coarse = (smooth * 8).round() / 8  # hundreds of ties a value
+    for logits in (smooth, coarse, smooth.bfloat16().float(), 1e-3 * smooth, 100 * smooth):
+        kept = kept_ids(sampler(top_k=top_k, top_p=top_p), logits)
+        assert torch.equal(kept, kept_by_sorting(logits, top_k, top_p))
+
+
+@given(shape=shapes, seed=seeds, top_k=st.integers(0, 50), top_p=st.floats(0.01, 0.9999))
+def test_what_is_kept_is_exact_up_to_the_rounding_of_float32(shape, seed, top_k, top_p):
+    logits = logits_of(shape, seed)
+    kept = kept_ids(sampler(top_k=top_k, top_p=top_p), logits)
+    order = logits.argsort(descending=True)[..., : top_k or None]
+    masses = logits.gather(-1, order).double().softmax(-1)
+    excess = masses.cumsum(-1) - masses - top_p
+    found = kept.gather(-1, order)
+    assert (found == (excess < 0))[excess.abs() > 1e-6].all()
+    assert (kept.sum(-1) == found.sum(-1)).all()
+
+
+@given(value=st.floats(-100, 100, width=32), top_k=st.integers(0, 9), top_p=shares)
+def test_equal_logits_stay_together(value, top_k, top_p):
+    assert kept_ids(sampler(top_k=top_k, top_p=top_p), torch.full((1, 2, 9), value)).all()
+
+
+@given(seed=seeds, top_k=st.integers(1, 9))
+def test_the_order_of_the_ids_does_not_matter(seed, top_k):
+    logits = logits_of((1, 5, 30), seed).round()
+    shuffled = torch.randperm(30, generator=rng(seed))
+    part = sampler(top_k=top_k, top_p=0.7)
+    assert torch.equal(kept_ids(part, logits)[..., shuffled], kept_ids(part, logits[..., shuffled]))
+
+
+def draws_like_multinomial(device):
+    logits = logits_of((4, 64, 500), 0).to(device)
+    part = sampler(top_k=100, top_p=0.9)
+    first, second = (torch.Generator(device).manual_seed(5) for _ in range(2))
+    for _ in range(3):
+        rows = part._narrowed(logits).softmax(-1).flatten(0, 1)
+        published = torch.multinomial(rows, 1, replacement=True, generator=second).view(4, 64)
+        assert torch.equal(part.draw(logits, 0.5, first), published)
+
+
+def test_the_ids_are_those_that_multinomial_would_draw():
+    draws_like_multinomial("cpu")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_ids_are_those_that_multinomial_would_draw():
+    draws_like_multinomial("cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_what_sorting_keeps_and_is_not_waited_for():
+    logits, generator = logits_of((4, 64, 4096), 0).cuda(), torch.Generator("cuda").manual_seed(0)
+    for settings in ({"top_k": 900, "top_p": 0.96}, {"top_k": 0, "top_p": 0.5}):
+        part = sampler(**settings)
+        part.draw(logits, 0.5, generator)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kept, ids = kept_ids(part, logits), part.draw(logits, 0.5, generator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(kept, kept_by_sorting(logits, **settings))
+        assert kept.gather(-1, ids[..., None]).all()
+
+
+def test_the_draws_of_what_is_kept_pass_a_chi_square_test():
+    logits = logits_of((1, 1, 40), 3)
+    part = sampler(top_k=20, top_p=0.95)
+    expected = part._narrowed(logits).softmax(-1).flatten()
+    drawn = part.draw(logits.expand(1, 200_000, 40), 0.5, rng(0))
+    counts, kept = drawn.flatten().bincount(minlength=40), expected > 0
+    assert counts[~kept].sum() == 0 and kept.sum() < 20
+    frequencies = expected[kept].double() / expected[kept].double().sum()
+    assert chisquare(counts[kept], 200_000 * frequencies).pvalue > 0.01
 
 
 def test_ids_are_drawn_as_often_as_they_are_likely():
