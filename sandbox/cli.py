@@ -1,4 +1,4 @@
-"""The command line: run, check, plugins, show, new, report, export.
+"""The command line: run, check, bench, plugins, show, new, report, export.
 
 Exit status 0: done. 1: failed while running. 2: the user's mistake. Nothing here imports torch
 before a command needs it.
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--plugins", type=Path, action="append", default=[], metavar="FOLDER")
         return sub
 
-    for name, command in (("run", _run), ("check", _check)):
+    for name, command in (("run", _run), ("check", _check), ("bench", _bench)):
         sub = add(name, command)
         sub.add_argument("recipe", type=Path)
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             sub.add_argument("--out", type=Path, help="run folder; default runs/RECIPE")
             sub.add_argument("--fresh", action="store_true", help="delete the run folder first")
+        if name == "bench":
+            _add_bench(sub)
     add("plugins", _plugins).add_argument("--json", action="store_true")
     add("show", _show).add_argument("name", help="a part's name, as in `var` or `sampler/greedy`")
     sub = add("new", _new)
@@ -86,7 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("report", _report)
     sub.add_argument("folder", type=Path)
     sub.add_argument("--beside", type=Path, action="append", default=[], metavar="FOLDER")
-    sub = add("export", _export)
+    _add_export(add("export", _export))
+    return parser
+
+
+def _add_export(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("folder", type=Path, help="a run folder")
     sub.add_argument("out", type=Path, help="a folder for the files")
     sub.add_argument(
@@ -101,7 +107,16 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="of large floating tensors; bfloat16 halves the files",
     )
-    return parser
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", type=Path, help="folder; default runs/bench-RECIPE")
+    sub.add_argument("--batch-sizes", metavar="1,8,64", help="images at a time")
+    sub.add_argument(
+        "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
+    )
+    sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
+    sub.add_argument("--profile", action="store_true", help="keep a Chrome trace of one generation")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -180,6 +195,30 @@ def _check(arguments: argparse.Namespace) -> int:
         _load(arguments, registry, True)
     print(to_yaml(recipe), end="")
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Measure a recipe's generator and tokenizer on this machine; trains nothing."""
+    registry = _registry(arguments)
+    preview = _wants_preview(arguments)
+    recipe = _load(arguments, registry, preview)
+    from sandbox.bench import measure
+
+    name = arguments.recipe.stem + ("-preview" if preview else "")
+    asked = {
+        "batch_sizes": _words(arguments.batch_sizes),
+        "precision": _words(arguments.precision),
+        "repeats": arguments.repeats,
+        "profile": arguments.profile or None,
+    }
+    settings = {key: value for key, value in asked.items() if value is not None}
+    folder = arguments.out or Path("runs") / f"bench-{name}"
+    measure(recipe, registry, settings, folder, name=arguments.recipe.stem, command=_command())
+    return 0
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
 
 
 def _plugins(arguments: argparse.Namespace) -> int:

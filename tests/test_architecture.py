@@ -25,7 +25,7 @@ LAYERS = [
     {"recipe", "weights"},
     {"assembly", "record"},
     {"run"},
-    {"notebook", "scaffold"},
+    {"bench", "notebook", "scaffold"},
     {"cli"},
     {"__main__"},
 ]

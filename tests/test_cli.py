@@ -73,7 +73,7 @@ def test_help_lists_the_commands_without_importing_torch():
     )
     found = python("-c", code)
     assert found.stdout.splitlines()[-1] == "status 0 []" and not found.stderr
-    for command in ("run", "check", "plugins", "show", "new", "report", "export"):
+    for command in ("run", "check", "bench", "plugins", "show", "new", "report", "export"):
         assert f"    {command} " in found.stdout
 
 

@@ -1,7 +1,8 @@
-"""The tasks of a run: train a tokenizer, a classifier, a generator; inspect, sample, evaluate."""
+"""The tasks of a run: train tokenizer, classifier, generator; inspect, sample, evaluate, bench."""
 
 import sandbox
 
+from .bench import Bench
 from .evaluate import Evaluate
 from .inspect_tokenizer import InspectTokenizer
 from .near_copies import NearCopies
@@ -22,3 +23,4 @@ def sandbox_register(register: sandbox.Register) -> None:
     register(sandbox.Task, "tune-sampler", TuneSampler)
     register(sandbox.Task, "evaluate", Evaluate)
     register(sandbox.Task, "near-copies", NearCopies)
+    register(sandbox.Task, "bench", Bench)

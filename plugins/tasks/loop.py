@@ -68,7 +68,7 @@ def train(fit: Fit) -> dict[str, Any]:
     _check_shares(fit)
     compiles = fit.settings.compiles(fit.run.device)
     quiet = compiling_quietly() if compiles else nullcontext()
-    with _laid_out_for_speed(fit.network, fit.run.device), quiet:
+    with laid_out_for_speed(fit.network, fit.run.device), quiet:
         return _train(fit)
 
 
@@ -128,7 +128,7 @@ def _check_shares(fit: Fit) -> None:
 
 
 @contextmanager
-def _laid_out_for_speed(network: nn.Module, device: torch.device) -> Iterator[None]:
+def laid_out_for_speed(network: nn.Module, device: torch.device) -> Iterator[None]:
     """On a GPU, convolutions in their fastest memory order and by the fastest kernel at hand.
 
     What is left in float32 (heads, say) runs as TF32; what must be exact says so itself.

@@ -1,0 +1,102 @@
+"""How much work a generation is: floating-point operations, and bytes that must be read."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sandbox
+
+from .clock import Precision, autocast
+from .split import replaced
+
+HOW = {
+    "flops": "torch.utils.flop_counter over one image: matrix products, convolutions and attention "
+    "as torch offers it; kernels that are no operator of torch's (xformers) count nothing",
+    "bytes": "the network's weights as they are stored, once for every step, and of the state that "
+    "begin() made (keys and values) the share filled after each step, read once; decoder, "
+    "activations and casts are not in it, so it is a lower bound",
+    "share_of_matmul": "FLOPs a second of the whole generation (decoding included) over those of "
+    "the matrix product in the same precision, or in float32 where that is faster here",
+    "share_of_copy": "those bytes a second over those a copy reads and writes",
+    "split": "by marks before and after each part's methods, in calls of their own; `rest` is what "
+    "is left of those calls' whole; on a GPU, waiting for launches counts where it happens",
+    "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
+    "set, torch itself included",
+    "ceilings": "the best of a few products and copies, which others' work here slows down",
+    "training": "the network uncompiled, ids of one noise image, AdamW, gradients clipped",
+}
+"""What the numbers of `bench.json` mean."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One image's work."""
+
+    flops: int
+    weight_bytes: int | None
+    """Read by a batch of any size."""
+    cache_bytes: int | None
+    """Read for each image of a batch."""
+
+
+def work_of(run: sandbox.Run, precision: Precision) -> Work:
+    """Count one image's generation; bytes, where a `Backbone` makes a tokenizer's steps."""
+    network, states, steps = run.generator.network, [], 0
+    label = torch.zeros(1, dtype=torch.long, device=run.device)
+
+    def begun(*words: Any, **named: Any) -> Any:
+        states.append(begin(*words, **named))
+        return states[-1]
+
+    def stepped(*words: Any, **named: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(*words, **named)
+
+    def generate() -> int:
+        with autocast(run.device, precision), FlopCounterMode(display=False) as counter:
+            run.generator.generate(label, run.rng("count"))
+        return int(counter.get_total_flops())
+
+    if not (isinstance(network, sandbox.Backbone) and run.settings("tokenizer")):
+        return Work(generate(), None, None)
+    begin, step = network.begin, network.step
+    with replaced(network, "begin", begun), replaced(network, "step", stepped):
+        flops = generate()
+    layout = run.tokenizer.layout
+    if len(states) != 1 or steps != len(layout.steps):
+        return Work(flops, None, None)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(states[0]))
+    filled = sum(span.stop for span in layout.spans) / layout.seq_len
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    return Work(flops, weights * steps, round(held * filled))
+
+
+def training_flops(loss: Callable[[], Tensor]) -> int:
+    """Of a loss, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return int(counter.get_total_flops())
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """Every tensor in a state, however it is nested, once; networks in it are no state."""
+    seen: set[int] = set()
+    waiting = [state]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, nn.Module | str):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, Sequence):
+            waiting += value
+        elif hasattr(value, "__dict__"):
+            waiting += vars(value).values()

@@ -1,0 +1,176 @@
+"""One row a measurement: a part, at a batch size, in a precision."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sandbox
+
+from ..loop import laid_out_for_speed
+from ..settings import Training
+from ..upkeep import optimizer_of
+from .clock import Clock, Precision, attempt, autocast, forget_peak, peak_bytes, spread
+from .counting import Work, training_flops
+from .split import Split, split_once
+
+_STAGES = ("forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one row is measured."""
+
+    precision: Precision
+    batch_size: int
+    repeats: int
+    warmup: int
+
+
+def generation(
+    run: sandbox.Run, clock: Clock, setting: Setting, split: Split, work: Work | None
+) -> dict[str, Any]:
+    """Whole generations, then as many again with their parts timed."""
+    size = setting.batch_size
+    labels = torch.arange(size, device=run.device) % run.num_classes
+    made: list[Tensor] = []
+
+    def call() -> None:
+        with autocast(run.device, setting.precision):
+            made[:] = [run.generator.generate(labels, run.rng("generate"))]
+
+    def measure() -> dict[str, Any]:
+        found = _timed(clock, call, setting)
+        split_once(split, call)  # what is set up at the first such call
+        splits = [split_once(split, call) for _ in range(setting.repeats)]
+        if not made[0].isfinite().all():
+            found["status"] = "not finite"
+        return found | {"splits": splits} | shares(found["median_seconds"], size, work)
+
+    return _row(setting, measure)
+
+
+def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
+    """The tokenizer's `encode` of noise."""
+
+    def measure() -> dict[str, Any]:
+        images = noise(run, setting.batch_size)
+        return _timed(clock, lambda: run.tokenizer.encode(images), setting)
+
+    return _quietly(run, setting, measure)
+
+
+def decoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
+    """The tokenizer's `decode` of random ids."""
+    tokenizer = run.tokenizer
+
+    def measure() -> dict[str, Any]:
+        shape = setting.batch_size, tokenizer.layout.seq_len
+        ids = torch.randint(
+            tokenizer.vocab_size, shape, generator=run.rng("ids"), device=run.device
+        )
+        return _timed(clock, lambda: tokenizer.decode(ids), setting)
+
+    return _quietly(run, setting, measure)
+
+
+def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
+    """A step as `train-generator` takes it: loss, gradients, optimiser. Moves the weights."""
+    made, size = run.generator, setting.batch_size
+    settings = Training(num_images=size, batch_size=size)
+
+    def measure() -> dict[str, Any]:
+        image = noise(run, 1) if run.settings("tokenizer") else _blank(run)
+        prepared = made.prepare(image)
+        labels = torch.arange(size, device=run.device) % run.num_classes
+        prepared = prepared.expand(size, *prepared.shape[1:]).contiguous()
+        optimizer = optimizer_of(made.network, settings, run.device)
+        stages: list[list[Any]] = []
+
+        def loss() -> Tensor:
+            with autocast(run.device, setting.precision):
+                return made.loss(prepared, labels).total
+
+        def call() -> None:
+            marks = [clock.mark()]
+            optimizer.zero_grad(set_to_none=True)
+            total = loss()
+            marks.append(clock.mark())
+            total.backward()
+            marks.append(clock.mark())
+            parameters = [p for p in made.network.parameters() if p.grad is not None]
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
+            stages.append([*marks, clock.mark()])
+
+        found = _timed(clock, call, setting)
+        splits = [
+            dict(zip(_STAGES, map(clock.seconds, marks, marks[1:]), strict=False))
+            for marks in stages[-setting.repeats :]
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        counted = attempt(lambda: {"flops": training_flops(loss)}).get("flops")
+        work = Work(counted // size, None, None) if counted else None
+        return found | {"splits": splits} | shares(found["median_seconds"], size, work)
+
+    network = made.network
+    with laid_out_for_speed(network, run.device):
+        network.train()
+        try:
+            return _row(setting, measure)
+        finally:
+            network.zero_grad(set_to_none=True)
+            network.eval()
+
+
+def noise(run: sandbox.Run, num_images: int) -> Tensor:
+    """Images of uniform noise, of the tokenizer's size."""
+    shape = num_images, 3, *run.tokenizer.image_size
+    return torch.rand(shape, generator=run.rng("noise"), device=run.device) * 2 - 1
+
+
+def shares(seconds: float, batch_size: int, work: Work | None) -> Mapping[str, Any]:
+    """FLOPs and bytes of a batch, a second."""
+    if work is None:
+        return {}
+    found: dict[str, Any] = {"flops": work.flops * batch_size}
+    found["flops_per_second"] = found["flops"] / seconds
+    if work.weight_bytes is not None and work.cache_bytes is not None:
+        found["bytes"] = work.weight_bytes + work.cache_bytes * batch_size
+        found["bytes_per_second"] = found["bytes"] / seconds
+    return found
+
+
+def _blank(run: sandbox.Run) -> Tensor:
+    return torch.zeros(1, 3, *run.dataset.image_size, device=run.device)
+
+
+def _quietly(
+    run: sandbox.Run, setting: Setting, measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    with torch.no_grad(), autocast(run.device, setting.precision):
+        return _row(setting, measure)
+
+
+def _row(setting: Setting, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Any part must work in float32; another precision it may refuse."""
+    where = {"precision": setting.precision, "batch_size": setting.batch_size}
+    return {**where, **attempt(measure, strict=setting.precision == "float32")}
+
+
+def _timed(clock: Clock, call: Callable[[], Any], setting: Setting) -> dict[str, Any]:
+    """Seconds, their spread, what follows from them, and the peak of memory."""
+    known = forget_peak(clock.device)
+    clock.time(call, setting.warmup)
+    seconds = clock.time(call, setting.repeats)
+    found = spread(seconds)
+    median = found["median_seconds"]
+    return {
+        "seconds": seconds,
+        **found,
+        "ms_per_image": 1000 * median / setting.batch_size,
+        "images_per_second": setting.batch_size / median,
+        "peak_bytes": peak_bytes(clock.device) if known else None,
+    }

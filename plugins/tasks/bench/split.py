@@ -1,0 +1,118 @@
+"""Where the time of a generation goes: the parts' methods, timed while they are called by others.
+
+The methods of the objects that a generator uses are replaced by ones that put a mark before and
+after; results stay what they are, and nothing waits for a GPU. A method that another timed one
+calls counts as that one's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+
+import sandbox
+
+from .clock import Clock
+
+REST = "rest"
+"""What no part's method took: guidance, the loop, and what a generator does by itself."""
+_NETWORK = ("begin", "step", "forward")
+_TOKENIZER = {
+    "render": "decoder",
+    "decode": "decoder",
+    "paint": "painting",
+    "embed": "painting",
+    "canvas": "painting",
+    "context": "context",
+    "contexts": "context",
+}
+_SAMPLER = {"draw": "sampling", "soften": "sampling"}
+
+
+def seams(run: sandbox.Run) -> tuple[list[tuple[Any, Mapping[str, str]]], dict[str, str]]:
+    """Objects with the part that each of their methods is, and why other parts are left out."""
+    generator, absent = run.generator, {}
+    network, sampler = generator.network, getattr(generator, "sampler", None)
+    name = "transformer" if isinstance(network, sandbox.Backbone) else "network"
+    found: list[tuple[Any, Mapping[str, str]]] = [(network, dict.fromkeys(_NETWORK, name))]
+    if isinstance(sampler, sandbox.Sampler):
+        found.append((sampler, _SAMPLER))
+    else:
+        absent["generation: sampling"] = "the generator has no sampler"
+    if run.settings("tokenizer"):
+        found.append((run.tokenizer, _TOKENIZER))
+    else:
+        absent["generation: decoder, painting, context"] = "the recipe names no tokenizer"
+    return found, absent
+
+
+class Split:
+    """Times the methods of `seams` within `watching`."""
+
+    def __init__(self, clock: Clock, found: list[tuple[Any, Mapping[str, str]]]) -> None:
+        self.clock, self.found = clock, found
+        self._marks: list[tuple[str, Any, Any]] = []
+        self._inside = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._marks = []
+        with ExitStack() as stack:
+            for owner, parts in self.found:
+                for name, part in parts.items():
+                    if method := getattr(owner, name, None):
+                        stack.enter_context(replaced(owner, name, self._timed(part, method)))
+            yield
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by part; the clock must have settled."""
+        found: dict[str, float] = {}
+        for _, parts in self.found:
+            found |= dict.fromkeys(parts.values(), 0.0)
+        for part, began, ended in self._marks:
+            found[part] += self.clock.seconds(began, ended)
+        return found
+
+    def _timed(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*words: Any, **named: Any) -> Any:
+            # An event within a CUDA graph's capture would become a part of the graph.
+            if self._inside or (self.clock.on_gpu and torch.cuda.is_current_stream_capturing()):
+                return method(*words, **named)
+            self._inside = True
+            began = self.clock.mark()
+            try:
+                return method(*words, **named)
+            finally:
+                self._marks.append((part, began, self.clock.mark()))
+                self._inside = False
+
+        return call
+
+
+@contextmanager
+def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Let `owner` have another method within; objects that allow none are left as they are."""
+    before = getattr(owner, "__dict__", {}).get(name)
+    try:
+        object.__setattr__(owner, name, method)
+    except AttributeError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        if before is None:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+def split_once(split: Split, call: Callable[[], Any]) -> dict[str, float]:
+    """Seconds by part of one call, `whole` and the rest included."""
+    with split.watching():
+        (whole,) = split.clock.time(call, 1)
+    parts = split.seconds()
+    return {"whole": whole, **parts, REST: max(0.0, whole - sum(parts.values()))}

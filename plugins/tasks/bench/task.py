@@ -1,0 +1,243 @@
+"""Measure the recipe's generator and tokenizer on this machine; keeps `bench.json`."""
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+import torch
+from pydantic import Field, field_validator
+
+import sandbox
+
+from .ceilings import copy, matrix_product
+from .clock import Clock, Precision, attempt, autocast
+from .counting import HOW, Work, work_of
+from .plot import plot
+from .rows import Setting, decoding, encoding, generation, training
+from .split import Split, seams
+from .tables import brief, ceilings_table, split_table, table
+
+JSON, PICTURE, TRACE = "bench.json", "bench.png", "trace.json"
+PARTS = ("generation", "encoding", "decoding", "training")
+
+
+class Bench:
+    """Speed and memory of generating, encoding, decoding and a training step, on this machine.
+
+    Nothing is trained: the training steps' weights are put back. Weights may be random, and no
+    images of a data set are read. `bench.json` holds every number, `bench.png` the curves.
+    """
+
+    class Params(sandbox.Params):
+        batch_sizes: tuple[int, ...] | None = None
+        """Images at a time; when absent 1, 8 and 64, on a CPU 1 and 8."""
+        precision: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = ("auto",)
+        """Of the matrix work. `auto`: float32, on a GPU bfloat16 and float16 too."""
+        repeats: int = Field(5, ge=1)
+        """Timed calls of everything; the median and the quartiles are told."""
+        warmup: int = Field(2, ge=1)
+        """Calls before, which are not timed."""
+        profile: bool = False
+        """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show."""
+
+        @field_validator("batch_sizes")
+        @classmethod
+        def _positive(cls, sizes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+            if sizes is None:
+                return None
+            if min(sizes, default=0) < 1:
+                raise ValueError("expected sizes from 1 up, as in 1,8,64")
+            return tuple(dict.fromkeys(sizes))
+
+        @field_validator("precision")
+        @classmethod
+        def _some(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
+            if not asked:
+                raise ValueError("expected at least one, as in float32,bfloat16")
+            return asked
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def plan(self, run: sandbox.Run) -> Mapping[str, str]:
+        if not run.settings("generator") and not run.settings("tokenizer"):
+            raise sandbox.SandboxError(
+                f"{run.label}: the recipe has neither a generator nor a tokenizer to measure"
+            )
+        rows = {"device": sandbox.device_name(run.device)}
+        for role in ("tokenizer", "generator"):
+            if settings := run.settings(role):
+                known = "weights from a file" if run.has_weights(role) else "random weights"
+                rows[role] = f"{settings['name']}, {known}"
+        sizes, precisions = self._sizes(run.device), self._precisions(run.device)
+        if run.settings("generator"):
+            rows["classes"] = str(run.num_classes)
+        return rows | {
+            "batch sizes": ", ".join(map(str, sizes)),
+            "precisions": ", ".join(precisions),
+            "repeats": f"{self.params.repeats}, after {self.params.warmup} to warm up",
+        }
+
+    def run(self, run: sandbox.Run) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": sandbox.device_name(run.device),
+            "environment": _environment(run),
+            "num_classes": run.num_classes if run.settings("generator") else None,
+            "parts": {role: run.settings(role) for role in ("tokenizer", "generator")},
+            "weights": {role: run.has_weights(role) for role in ("tokenizer", "generator")},
+            "settings": self.params.model_dump(mode="json"),
+            "how_counted": HOW,
+            **self._measure(run),
+        }
+        sandbox.write_json(run.folder / JSON, found)
+        title = f"{run.settings('generator').get('name', 'no generator')} on {found['device']}"
+        drawn = plot(run.folder / PICTURE, found["generation"], title)
+        files = [JSON] + [PICTURE] * drawn + [TRACE] * (run.folder / TRACE).exists()
+        return {
+            "ceilings": ceilings_table(found["ceilings"]["matmul"], found["ceilings"]["copy"]),
+            **{part: table(found[part]) for part in PARTS if found[part]},
+            "split_%": split_table(found["generation"]),
+            "training_split_%": split_table(found["training"]),
+            **({"left_out": found["left_out"]} if found["left_out"] else {}),
+            "files": ", ".join(str(run.folder / name) for name in files),
+        }
+
+    def _measure(self, run: sandbox.Run) -> dict[str, Any]:
+        clock, absent = Clock(run.device), {}
+        ceilings = {
+            "matmul": [
+                matrix_product(clock, p)
+                for p in dict.fromkeys(("float32", *self._precisions(run.device)))
+            ],
+            "copy": copy(clock),
+        }
+        found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+        if run.settings("generator"):
+            found["generation"] = self._generation(run, clock, absent)
+        else:
+            absent |= dict.fromkeys(("generation", "training"), "the recipe names no generator")
+        if run.settings("tokenizer"):
+            found["encoding"] = self._rows(run, "encoding", encoding, clock)
+            found["decoding"] = self._rows(run, "decoding", decoding, clock)
+        else:
+            absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
+        if run.settings("generator"):
+            if self.params.profile:
+                setting = self._setting(run, self._precisions(run.device)[0])
+                kept = attempt(lambda: _keep_trace(run, setting))
+                if kept["status"] != "ok":
+                    absent["profile"] = kept.get("reason", kept["status"])
+            found["training"] = self._training(run, clock, absent)
+        elif self.params.profile:
+            absent["profile"] = "the recipe names no generator"
+        _add_shares(found, ceilings, run.device)
+        if any(row.get("peak_bytes", 0) is None for rows in found.values() for row in rows):
+            absent["peak memory"] = "this system does not tell a process's peak anew"
+        return {"ceilings": ceilings, **found, "left_out": absent}
+
+    def _generation(
+        self, run: sandbox.Run, clock: Clock, absent: dict[str, str]
+    ) -> list[dict[str, Any]]:
+        parts, missing = seams(run)
+        absent |= missing
+        split, works = Split(clock, parts), dict[Precision, Work | None]()
+        for precision in self._precisions(run.device):
+            counted = attempt(lambda p=precision: {"work": work_of(run, p)})
+            works[precision] = work = counted.get("work")
+            if work is None:
+                absent[f"generation: FLOPs in {precision}"] = counted.get(
+                    "reason", counted["status"]
+                )
+            elif work.weight_bytes is None:
+                absent["generation: bytes"] = (
+                    "the network is no Backbone that makes a tokenizer's steps one by one"
+                )
+
+        def row(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
+            return generation(run, clock, setting, split, works[setting.precision])
+
+        return self._rows(run, "generation", row, clock)
+
+    def _training(
+        self, run: sandbox.Run, clock: Clock, absent: dict[str, str]
+    ) -> list[dict[str, Any]]:
+        network = run.generator.network
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            absent["training"] = "the generator has nothing to train"
+            return []
+        before = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
+        if "float16" in self._precisions(run.device):
+            absent["training: float16"] = "it would need scaled losses, which no task here has"
+        try:
+            return self._rows(run, "training", training, clock, but="float16")
+        finally:
+            network.load_state_dict(before)
+
+    def _rows(
+        self,
+        run: sandbox.Run,
+        part: str,
+        measure: Callable[[sandbox.Run, Clock, Setting], dict[str, Any]],
+        clock: Clock,
+        but: str = "",
+    ) -> list[dict[str, Any]]:
+        rows = []
+        for precision in self._precisions(run.device):
+            for size in self._sizes(run.device) if precision != but else ():
+                rows.append(measure(run, clock, self._setting(run, precision, size)))
+                run.say(brief(part, rows[-1]))
+        return rows
+
+    def _setting(self, run: sandbox.Run, precision: Precision, size: int | None = None) -> Setting:
+        size = size or min(self._sizes(run.device))
+        return Setting(precision, size, self.params.repeats, self.params.warmup)
+
+    def _sizes(self, device: torch.device) -> tuple[int, ...]:
+        return self.params.batch_sizes or ((1, 8, 64) if device.type == "cuda" else (1, 8))
+
+    def _precisions(self, device: torch.device) -> tuple[Precision, ...]:
+        every: tuple[Precision, ...] = get_args(Precision)
+        auto = every if device.type == "cuda" else every[:1]
+        asked = self.params.precision
+        return tuple(p for p in every if p in asked or ("auto" in asked and p in auto))
+
+
+def _environment(run: sandbox.Run) -> Mapping[str, Any]:
+    """What the run keeps of versions, machine and command."""
+    path = run.folder / "environment.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _add_shares(
+    found: Mapping[str, list[dict[str, Any]]], ceilings: Mapping[str, Any], device: torch.device
+) -> None:
+    """The share of each ceiling that a row reaches, where both are known."""
+    rates = {row["precision"]: row.get("flops_per_second") or 0 for row in ceilings["matmul"]}
+    # A CPU may have no fast product in 16 bits; and a part may keep some of its work in float32.
+    best = {precision: max(rate, rates["float32"]) for precision, rate in rates.items()}
+    for part, rows in found.items():
+        for row in rows:
+            # A GPU's training runs float32 as TF32, which is not what the product was measured in.
+            tf32 = (part, row["precision"], device.type) == ("training", "float32", "cuda")
+            if (rate := row.get("flops_per_second")) and best[row["precision"]] and not tf32:
+                row["share_of_matmul"] = rate / best[row["precision"]]
+            copied = ceilings["copy"].get("bytes_per_second")
+            if (rate := row.get("bytes_per_second")) and copied:
+                row["share_of_copy"] = rate / copied
+
+
+def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
+    """One generation as a Chrome trace."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
+    with torch.profiler.profile(activities=activities) as profile:
+        with autocast(run.device, setting.precision):
+            run.generator.generate(labels, run.rng("profile"))
+        Clock(run.device).settle()
+    with sandbox.atomic(run.folder / TRACE) as draft:
+        profile.export_chrome_trace(str(draft))
+    return {}

@@ -1,0 +1,134 @@
+"""The task `bench` from within: what timing leaves alone, how spread and state are counted."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import sandbox
+from sandbox_plugins.tasks.bench.clock import (
+    Clock,
+    forget_peak,
+    is_out_of_memory,
+    peak_bytes,
+    spread,
+)
+from sandbox_plugins.tasks.bench.counting import _tensors, work_of
+from sandbox_plugins.tasks.bench.split import Split, replaced, seams, split_once
+from sandbox_plugins.tasks.bench.task import Bench
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+RECIPE = {
+    "device": "cpu",
+    "num_classes": 2,
+    "tokenizer": {
+        "name": "var-vq",
+        "autoencoder": {"name": "patch", "patch": 4, "ch": 8, "code_dim": 4},
+        "codebook": {"name": "vq", "vocab_size": 8},
+        "schedule": {"name": "sides", "sides": [1, 2]},
+    },
+    "generator": {
+        "name": "autoregressive",
+        "backbone": {"name": "var", "depth": 1, "width": 16, "num_heads": 2},
+        "sampler": {"name": "top-k-top-p", "guidance": 1.5},
+    },
+}
+LABELS = torch.tensor([0, 1, 1])
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "tiny.run").mkdir()
+    return sandbox.load(tmp_path / "tiny.yaml")
+
+
+def test_timing_the_parts_changes_no_image_and_leaves_no_trace(run):
+    before = run.generator.generate(LABELS, run.rng(1))
+    owners = (run.tokenizer, run.generator.network, run.generator.sampler)
+    found, absent = seams(run)
+    kept = [set(vars(owner)) for owner in owners]
+    split, made = Split(Clock(run.device), found), []
+    with split.watching():
+        made.append(run.generator.generate(LABELS, run.rng(1)))
+    assert torch.equal(before, made[0]) and not absent
+    assert [set(vars(owner)) for owner in owners] == kept
+    assert all(seconds > 0 for seconds in split.seconds().values())
+
+
+def test_a_method_that_another_one_calls_counts_once(run):
+    found, _ = seams(run)
+    split = Split(Clock(run.device), found)
+    ids = run.tokenizer.encode(torch.zeros(1, 3, 8, 8))
+    parts = split_once(split, lambda: run.tokenizer.decode(ids))
+    assert parts["decoder"] > 0 and parts["painting"] == parts["context"] == 0
+    assert sum(parts.values()) == pytest.approx(2 * parts["whole"])
+
+
+def test_an_object_that_allows_no_other_method_is_left_as_it_is():
+    @dataclass(frozen=True, slots=True)
+    class Closed:
+        def draw(self):
+            return 1
+
+    closed = Closed()
+    with replaced(closed, "draw", lambda: 2):
+        assert closed.draw() == 1
+
+
+def test_the_training_steps_leave_the_weights_alone(run):
+    before = {name: t.clone() for name, t in run.generator.network.state_dict().items()}
+    Bench(Bench.Params(batch_sizes=(2,), repeats=1)).run(run)
+    after = run.generator.network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not run.generator.network.training
+
+
+def test_the_bytes_of_a_generation_are_weights_every_step_and_the_cache_filled_so_far(run):
+    network = run.generator.network
+    work = work_of(run, "float32")
+    assert work.weight_bytes == 2 * sum(4 * p.numel() for p in network.parameters())
+    cond, modulations, cache = 2 * 16, 2 * 6 * 16, 2 * 2 * 5 * 16  # guidance: two rows an image
+    assert work.cache_bytes == round(4 * (cond + modulations + cache) * (1 + 5) / 5)
+    linear = sum(m.weight.numel() for m in network.blocks.modules() if isinstance(m, nn.Linear))
+    assert work.flops > 2 * 2 * 5 * (linear - 6 * 16 * 16)  # AdaLN runs once an image
+
+
+def test_tensors_of_any_state_are_found_once():
+    class Plain:
+        def __init__(self, inner):
+            self.inner, self.itself = inner, self
+
+    one, two = torch.zeros(1), torch.zeros(2)
+    state = Plain({"a": [one, (two, one)], "network": nn.Linear(1, 1), "word": "text"})
+    assert sorted(t.numel() for t in _tensors(state)) == [1, 2]
+
+
+def test_spread_is_median_and_quartiles():
+    assert list(spread([5.0, 1.0, 3.0, 2.0, 4.0]).values()) == [3, 2, 4]
+    assert list(spread([7.0]).values()) == [7, 7, 7]
+
+
+def test_lack_of_memory_is_told_from_other_errors():
+    texts = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
+    assert all(is_out_of_memory(RuntimeError(text)) for text in texts)
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError(""))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
+    device = torch.device("cuda")
+    clock, size = Clock(device), 2**24
+    assert forget_peak(device)
+    (seconds,) = clock.time(lambda: torch.zeros(size, device=device), 1)
+    assert seconds > 0 and peak_bytes(device) >= 4 * size
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE | {"device": "cuda"}))
+    (tmp_path / "tiny.run").mkdir()
+    run = sandbox.load(tmp_path / "tiny.yaml")
+    Bench(Bench.Params(batch_sizes=(2,), repeats=1, profile=True)).run(run)
+    assert (tmp_path / "tiny.run/bench.json").exists()
