@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import sandbox
 
-from .quiet import compiling_quietly
+from .compiling import compiling
 from .settings import Training, autocast
 from .upkeep import (
     Average,
@@ -67,8 +67,8 @@ def train(fit: Fit) -> dict[str, Any]:
     """
     _check_shares(fit)
     compiles = fit.settings.compiles(fit.run.device)
-    quiet = compiling_quietly() if compiles else nullcontext()
-    with laid_out_for_speed(fit.network, fit.run.device), quiet:
+    compiler = compiling() if compiles else nullcontext()
+    with laid_out_for_speed(fit.network, fit.run.device), compiler:
         return _train(fit)
 
 

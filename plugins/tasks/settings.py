@@ -19,10 +19,14 @@ def precision_on(device: torch.device, precision: Precision) -> Precision:
     return precision
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+def autocast(
+    device: torch.device, precision: Precision | Literal["float16"]
+) -> AbstractContextManager[None]:
     """Matrix work in the given precision; what must be exact protects itself."""
-    half = precision_on(device, precision) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    named = precision if precision == "float16" else precision_on(device, precision)
+    if named == "float32":
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=getattr(torch, named))
 
 
 class Training(sandbox.Params):

@@ -34,7 +34,7 @@ def learns(module: nn.Module, loss: Tensor) -> None:
     """Law: the loss is finite and its gradient reaches every trainable parameter."""
     holds(loss.ndim == 0 and bool(loss.isfinite()), f"the loss is one finite number, got {loss}")
     module.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.autograd.backward(loss)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             reached = parameter.grad is not None and bool(parameter.grad.isfinite().all())

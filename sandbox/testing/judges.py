@@ -18,7 +18,7 @@ def image_loss_law(image_loss: ImageLoss, size: tuple[int, int] = (32, 32), seed
     none, some = image_loss.loss(images, images), image_loss.loss(others, images)
     holds(none.ndim == some.ndim == 0, "loss is one number")
     holds(0 <= float(none.detach()) < float(some.detach()) < math.inf, "equal images lose least")
-    some.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.autograd.backward(some)
     gradient = others.grad
     holds(gradient is not None and bool(gradient.isfinite().all()), "gradients are finite")
     holds(gradient is not None and bool(gradient.any()), "gradients reach the images")
@@ -43,7 +43,7 @@ def adversary_law(adversary: Adversary, size: tuple[int, int] = (32, 32), seed: 
     deceived = adversary.deceive(fake, real, 1.0)
     holds(deceived.total.ndim == 0, "deceive gives one number")
     scalars(deceived.parts, "the parts of deceive")
-    deceived.total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    torch.autograd.backward(deceived.total)
     own = fake.grad
     holds(own is not None and bool(own.isfinite().all()), "deceive has finite gradients")
     holds(own is not None and bool(own.any()), "the gradient of deceive reaches what is fake")

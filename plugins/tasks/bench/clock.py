@@ -3,7 +3,6 @@
 import gc
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -79,13 +78,6 @@ def peak_bytes(device: torch.device) -> int:
     lines = (_PROCESS / "status").read_text().splitlines()
     (found,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(found) * 1024
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Matrix work in the given precision; what must be exact protects itself."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, precision))
 
 
 def attempt(measure: Callable[[], dict[str, Any]], *, strict: bool = False) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
-from .clock import Precision, autocast
+from ..settings import autocast
+from .clock import Precision
 from .split import replaced
 
 HOW = {

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 import sandbox
 
 from ..loop import laid_out_for_speed
-from ..settings import Training
+from ..settings import Training, autocast
 from ..upkeep import optimizer_of
-from .clock import Clock, Precision, attempt, autocast, forget_peak, peak_bytes, spread
+from .clock import Clock, Precision, attempt, forget_peak, peak_bytes, spread
 from .counting import Work, training_flops
 from .split import Split, split_once
 

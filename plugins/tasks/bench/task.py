@@ -10,8 +10,9 @@ from pydantic import Field, field_validator
 
 import sandbox
 
+from ..settings import autocast
 from .ceilings import copy, matrix_product
-from .clock import Clock, Precision, attempt, autocast
+from .clock import Clock, Precision, attempt
 from .counting import HOW, Work, work_of
 from .plot import plot
 from .rows import Setting, decoding, encoding, generation, training

@@ -1,4 +1,4 @@
-"""What torch's compiler says of its own work, kept from the person who reads.
+"""The compiler at work: kept from telling what is harmless, and from giving up too soon.
 
 The one thing to hold in mind: only notices that are known to be harmless are kept out, each by its
 own words; whatever else the compiler says is still told.
@@ -15,7 +15,7 @@ _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 
 @contextmanager
-def compiling_quietly() -> Iterator[None]:
+def compiling() -> Iterator[None]:
     """Within this context, keep out two notices, and let the compiler go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
