@@ -37,6 +37,11 @@ class Autoregressive:
         token_noise: float = Field(0.0, ge=0, lt=1)
         """Share of the ids the network reads in training that are drawn at random instead; what it
         is to predict stays. It learns to go on from mistakes, its own ones when sampling."""
+        self_correction: float = Field(0.0, ge=0)
+        """Most noise, over the root mean square of what is looked up, in the lookup of the ids that
+        the network reads in training; how much is drawn for each image. It is to predict the right
+        ids of what that leaves over: later scales learn to repair mistakes in earlier ones
+        (Infinity, arXiv 2412.04431). It then learns from features, which it keeps in the cache."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -45,6 +50,11 @@ class Autoregressive:
             )
         self.params = params
         self.tokenizer, self.num_classes = subject.tokenizer, subject.num_classes
+        if params.self_correction and not isinstance(self.tokenizer, sandbox.RequantizingTokenizer):
+            raise sandbox.SandboxError(
+                "the generator 'autoregressive': self_correction disturbs the tokenizer's lookup, "
+                "and this tokenizer has no features() and quantize(); set it to 0"
+            )
         self.layout = self.tokenizer.layout
         self.backbone = params.backbone.build(
             Tokens(
@@ -59,19 +69,27 @@ class Autoregressive:
         self._shares: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
-    def prepare(self, images: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b l"]:
-        """The images' ids."""
+    def prepare(
+        self, images: Float[Tensor, "b 3 h w"]
+    ) -> Int[Tensor, "b l"] | Float[Tensor, "b c i j"]:
+        """The images' ids; with self-correction, the features that are to be quantized."""
+        if self.params.self_correction:
+            return self.tokenizer.features(images)
         return self.tokenizer.encode(images)
 
-    def loss(self, prepared: Int[Tensor, "b l"], labels: Int[Tensor, " b"]) -> Losses:
+    def loss(
+        self,
+        prepared: Int[Tensor, "b l"] | Float[Tensor, "b c i j"],
+        labels: Int[Tensor, " b"],
+    ) -> Losses:
         """Teacher-forced. Parts: `loss`, `accuracy` and, per scale, `loss/scale1` and on.
 
         Does not wait for the device. A network that was compiled runs so in training alone: what
         is measured in between has other batch sizes, which would be compiled anew.
         """
-        ids = prepared.long()
         with torch.no_grad():
-            contexts = self.tokenizer.contexts(self._disturbed(ids))
+            seen, ids = self._lesson(prepared)
+            contexts = self.tokenizer.contexts(seen)
         call = self.network if self.network.training else self.network.forward
         logits = call(contexts, labels)
         losses = self.objective.losses(logits, ids, self.layout)
@@ -83,6 +101,15 @@ class Autoregressive:
                 for number, level in enumerate(levels.unbind(), 1):
                     parts[f"loss/scale{number}"] = level
         return Losses(total, parts)
+
+    def _lesson(self, prepared: Tensor) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """The ids that the network reads, and those it is to predict."""
+        if not self.params.self_correction:
+            return self._disturbed(prepared.long()), prepared.long()
+        most = self.params.self_correction if self.network.training else 0.0
+        noise = most * torch.rand(len(prepared), device=prepared.device)
+        seen, ids = self.tokenizer.quantize(prepared, noise)
+        return self._disturbed(seen), ids
 
     def _disturbed(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
         """The ids, in training some of them replaced as `token_noise` says."""
@@ -118,7 +145,7 @@ class Autoregressive:
         kept above 0.5. Maps of at most 3 cells, which show the image as a whole, are kept whole.
         """
         mask = mask.to(images).expand(len(images), *mask.shape[-2:])
-        keep = Keep(self.prepare(images).long(), keep_cells(self.layout, mask))
+        keep = Keep(self.tokenizer.encode(images).long(), keep_cells(self.layout, mask))
         return self._sample(labels, rng, keep=keep)
 
     @torch.no_grad()

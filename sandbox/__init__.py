@@ -20,6 +20,7 @@ _HOME = {
         "Generator",
         "Metric",
         "Observer",
+        "RequantizingTokenizer",
         "Sampler",
         "ScaleSchedule",
         "Tokenizer",

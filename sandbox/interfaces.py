@@ -114,6 +114,19 @@ class Tokenizer(Protocol):
 
 
 @runtime_checkable
+class RequantizingTokenizer(Tokenizer, Protocol):
+    """A tokenizer whose lookup can be disturbed, for a generator that learns from mistakes."""
+
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c i j"]: ...
+
+    def quantize(
+        self, features: Float[Tensor, "b c i j"], noise: Float[Tensor, " b"]
+    ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """The ids found under noise (over the root mean square of what is looked up), and the right
+        ones of what each step then finds left over. Without noise both are those of `encode`."""
+
+
+@runtime_checkable
 class TrainableTokenizer(Tokenizer, Protocol):
     """A tokenizer (an `nn.Module`) that the task `train-tokenizer` can fit."""
 

@@ -68,6 +68,26 @@ class RasterTokenizer(nn.Module):
         return self._quantize(self._features(images))[:, self.order]
 
     @torch.no_grad()
+    def features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """What `quantize` takes. Raises ValueError unless the images have `image_size`."""
+        return self._features(images)
+
+    @torch.no_grad()
+    def quantize(
+        self, features: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"]
+    ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """Ids of a disturbed lookup, and the right ones.
+
+        What is looked up gets Gaussian noise of `noise` times its root mean square.
+        """
+        strength = noise[:, None, None, None] * features.square().mean().sqrt()
+        disturbed = features + strength * torch.randn_like(features)
+        found, right = (
+            self._quantize(maps.float())[:, self.order] for maps in (disturbed, features)
+        )
+        return found, right
+
+    @torch.no_grad()
     def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 H W"]:
         if ids.shape[1] != self.layout.seq_len:
             raise ValueError(f"expected {self.layout.seq_len} ids an image, got {ids.shape[1]}")

@@ -99,7 +99,9 @@ def _compact(run: sandbox.Run, examples: Tensor) -> np.ndarray:
 
 
 def _key(run: sandbox.Run, split: sandbox.Split, passes: int, limit: int | None) -> str:
+    blank = run.generator.prepare(torch.zeros(1, 3, *run.dataset.image_size, device=run.device))
     facts = {
+        "examples": [str(blank.dtype), list(blank.shape)],
         "dataset": run.settings("dataset"),
         "tokenizer": run.settings("tokenizer"),
         "generator": run.settings("generator").get("name"),

@@ -97,6 +97,36 @@ class VarTokenizer(nn.Module):
         return torch.cat(self._quantize(self._features(images))[0], dim=1)
 
     @torch.no_grad()
+    def features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """What `quantize` takes. Raises ValueError unless the images have `image_size`."""
+        return self._features(images)
+
+    @torch.no_grad()
+    def quantize(
+        self, features: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"]
+    ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """Ids of a disturbed lookup, and those that at each scale would have been right.
+
+        What is looked up gets Gaussian noise of `noise` times its root mean square at that scale.
+        What is left over after that is left to the later scales, whose right ids so make up for
+        mistakes in earlier ones (bitwise self-correction, arXiv 2412.04431, for any codebook).
+        """
+        rest, found, right = features.float(), [], []
+        with sandbox.exact_float32(features.device):
+            for step in range(len(self.layout.steps)):
+                shrunk = self.pyramid.shrink(rest, step)
+                strength = noise[:, None, None, None] * shrunk.square().mean().sqrt()
+                for maps, ids in (
+                    (shrunk, right),
+                    (shrunk + strength * torch.randn_like(shrunk), found),
+                ):
+                    vectors = rearrange(maps, "b c h w -> (b h w) c")
+                    nearest = self.codebook.nearest(vectors)
+                    ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
+                rest = rest - self._grow(self.embed(found[-1]), step)
+        return torch.cat(found, dim=1), torch.cat(right, dim=1)
+
+    @torch.no_grad()
     def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 H W"]:
         *_, canvas = self._canvases(ids)
         return self.render(canvas)

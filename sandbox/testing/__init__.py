@@ -46,6 +46,7 @@ from sandbox.testing.tokens import (
     autoencoder_law,
     codebook_law,
     layout_law,
+    requantizing_tokenizer_law,
     tokenizer_law,
     trainable_tokenizer_law,
 )
@@ -72,6 +73,7 @@ __all__ = [
     "metric_order_law",
     "objective_law",
     "observer_law",
+    "requantizing_tokenizer_law",
     "sampler_law",
     "sandbox_project",
     "settle",
@@ -136,6 +138,8 @@ def _tokenizer(case: _Case) -> None:
     tokenizer_law(case.make(), case.seed)
     if isinstance(tokenizer := case.make(), interfaces.TrainableTokenizer):
         trainable_tokenizer_law(tokenizer, case.seed)
+    if isinstance(tokenizer := case.make(), interfaces.RequantizingTokenizer):
+        requantizing_tokenizer_law(tokenizer, case.seed)
 
 
 def _attention(case: _Case) -> None:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sandbox.interfaces import Autoencoder, Codebook, Tokenizer, TrainableTokenizer
+from sandbox.interfaces import (
+    Autoencoder,
+    Codebook,
+    RequantizingTokenizer,
+    Tokenizer,
+    TrainableTokenizer,
+)
 from sandbox.layout import Layout
 from sandbox.testing.claims import (
     agree,
@@ -75,6 +81,21 @@ def tokenizer_law(tokenizer: Tokenizer, seed: int = 0) -> None:
         holds(torch.equal(encoded, tokenizer.encode(images)), "encoding again gives the same ids")
         alone = torch.cat([tokenizer.encode(images[:1]), tokenizer.encode(images[1:])])
         holds(torch.equal(encoded, alone), "encode: a batch of two is two batches of one")
+
+
+def requantizing_tokenizer_law(tokenizer: RequantizingTokenizer, seed: int = 0) -> None:
+    """Without noise `quantize` is `encode`; with noise the first step's right ids are the same."""
+    v, shape = tokenizer.vocab_size, (2, tokenizer.layout.seq_len)
+    images = random_images(2, tokenizer.image_size, seed)
+    encoded, features = tokenizer.encode(images), tokenizer.features(images)
+    for ids in tokenizer.quantize(features, torch.zeros(2)):
+        holds(torch.equal(ids, encoded), "quantize without noise gives the ids of encode")
+    found, right = tokenizer.quantize(features, torch.tensor([0.0, 100.0]))
+    for ids in (found, right):
+        ids_lie_within(ids, shape, v, "quantize")
+        holds(torch.equal(ids[0], encoded[0]), "quantize: noise is an image's own")
+    first = tokenizer.layout.spans[0]
+    holds(torch.equal(right[:, first], encoded[:, first]), "quantize: nothing precedes step 1")
 
 
 def trainable_tokenizer_law(tokenizer: TrainableTokenizer, seed: int = 0) -> None:

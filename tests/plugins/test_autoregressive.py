@@ -82,15 +82,24 @@ def part(cls, **settings):
     return Part(cls.__name__, cls, cls.Params(**settings))
 
 
-def build(layout, sampler=None, objective=None, token_noise=0.0, **backbone):
+def build(
+    layout,
+    sampler=None,
+    objective=None,
+    token_noise=0.0,
+    self_correction=0.0,
+    tokenizer=None,
+    **backbone,
+):
     backbone = {"depth": 2, "width": 32, "num_heads": 2, **backbone}
     params = Autoregressive.Params(
         backbone=part(VAR, attention=part(SdpaAttention), **backbone),
         sampler=sampler or part(TopKTopP),
         objective=objective or part(CrossEntropy),
         token_noise=token_noise,
+        self_correction=self_correction,
     )
-    tokenizer = ToyTokenizer(layout)
+    tokenizer = (tokenizer or (Requantizing if self_correction else ToyTokenizer))(layout)
     return Autoregressive(params, Subject(tokenizer.image_size, 4, tokenizer))
 
 
@@ -181,6 +190,50 @@ def test_without_noise_or_training_the_true_ids_are_read(token_noise, training):
     generator, ids, clean = listening(token_noise, training)
     generator.loss(ids, torch.zeros(40, dtype=torch.long))
     assert torch.equal(generator.network.read, clean)
+
+
+class Requantizing(ToyTokenizer):
+    """Its features are the small images; noise of 1 and more finds ids by chance alone."""
+
+    def features(self, images):
+        return F.adaptive_avg_pool2d(images, self.layout.size)
+
+    def quantize(self, features, noise):
+        right = self.encode(F.interpolate(features, self.image_size, mode="nearest-exact"))
+        drawn = torch.randint(self.vocab_size, right.shape).int()
+        return torch.where(torch.rand(right.shape) < noise[:, None], drawn, right), right
+
+
+def correcting(self_correction, training):
+    generator = build(Layout.pyramid(1, 2, 4), self_correction=self_correction)
+    generator.network = Listening(generator.tokenizer.vocab_size).train(training)
+    images = images_for(generator, 0, b=40)
+    return generator, generator.prepare(images), generator.tokenizer.encode(images)
+
+
+def test_with_self_correction_the_network_reads_disturbed_ids_and_learns_the_right_ones():
+    generator, features, ids = correcting(0.8, training=True)
+    assert features.shape == (40, 3, 4, 4) and features.is_floating_point()
+    seen = []
+    generator.objective.losses = lambda logits, targets, layout: (
+        seen.append(targets) or logits.sum(-1)
+    )
+    generator.loss(features, torch.zeros(40, dtype=torch.long))
+    assert torch.equal(seen[0], ids)
+    moved = (generator.network.read != generator.tokenizer.contexts(ids)).any(-1)[:, 1:]
+    each = moved.float().mean(1)  # an image's own noise, evenly from 0 to 0.8
+    assert each.min() < 0.3 and each.max() > 0.6
+
+
+def test_self_correction_disturbs_nothing_outside_training():
+    generator, features, ids = correcting(0.8, training=False)
+    generator.loss(features, torch.zeros(40, dtype=torch.long))
+    assert torch.equal(generator.network.read, generator.tokenizer.contexts(ids))
+
+
+def test_self_correction_wants_a_tokenizer_whose_lookup_can_be_disturbed():
+    with pytest.raises(SandboxError, match="no features\\(\\) and quantize\\(\\)"):
+        build(Layout.pyramid(1, 2), tokenizer=ToyTokenizer, self_correction=0.5)
 
 
 def test_a_compiled_network_is_called_as_such_in_training_alone():

@@ -331,3 +331,22 @@ def test_training_never_waits_for_the_gpu_after_the_first_step():
         optimizer.step()
         tokenizer.after_step(optimizer, 0.0, rng)
     torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_later_scales_make_up_for_a_disturbed_lookup():
+    """The right ids of what is left over bring the canvas nearer than the image's own ids do."""
+    tokenizer = build((1, 2, 4, 8), codebook={"vocab_size": 64}, phi="none").eval()
+    images = images_for(tokenizer, 64)
+    tokenizer.initialise([images])
+    features, own = tokenizer.features(images), tokenizer.encode(images)
+    found, right = tokenizer.quantize(features, torch.full((64,), 0.5))
+    last = tokenizer.layout.spans[-1]
+    assert (found != own)[:, : last.start].float().mean() > 0.2
+
+    def missing(ids):
+        return (canvases(tokenizer, ids)[-1] - features).square().mean()
+
+    corrected, uncorrected = found.clone(), found.clone()
+    corrected[:, last], uncorrected[:, last] = right[:, last], own[:, last]
+    assert missing(corrected) < 0.9 * missing(uncorrected)
