@@ -16,16 +16,18 @@ _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within this context, keep out two notices, and let the compiler go on where it would give up.
+    """Within this context, keep out three notices, and let the compiler go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
     is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
+    "The .grad attribute of a Tensor that is not a leaf": it is the compiler itself that looks.
     "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
     By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
     """
     with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         _BOUNDS.addFilter(_is_news)
         try:
             yield

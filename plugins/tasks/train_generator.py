@@ -77,7 +77,17 @@ class TrainGenerator:
             return {name: value / count for name, value in sums.items()}
 
         result = train(
-            Fit(run, params, made.network, sources["train"], "generator", loss, validate, "loss")
+            Fit(
+                run,
+                params,
+                made.network,
+                sources["train"],
+                "generator",
+                loss,
+                validate,
+                "loss",
+                compile=getattr(made, "compile", None),
+            )
         )
         run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])
         if params.strips:
