@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -253,6 +254,22 @@ def test_what_is_prepared_is_moved_unless_it_is_too_large(monkeypatch):
     assert its.images.dtype == torch.int64 and its.labels.tolist() == [4, 0]
     monkeypatch.setattr("sandbox_plugins.tasks.cache._RESIDENT_BYTES", ids.nbytes)
     assert prepared.to(CPU) is prepared
+
+
+def test_what_is_mapped_comes_in_the_same_order_read_ahead_or_not(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "examples.npy", rng.integers(0, 4096, (50, 7)).astype(np.int16))
+    mapped = np.load(tmp_path / "examples.npy", mmap_mode="c", allow_pickle=False)
+    prepared = Prepared(torch.from_numpy(mapped), torch.arange(50), Points())
+
+    def batches():
+        return sandbox.stream(prepared, "train", 8, seed=1, start=24)
+
+    plain, early = islice(batches(), 20), sandbox.ahead(batches(), CPU)
+    for one, other in zip(plain, early, strict=False):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, torch.from_numpy(mapped).long()[one.labels])
+    early.close()
 
 
 RECIPE = """\
