@@ -16,7 +16,7 @@ _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within this context, keep out three notices, and let the compiler go on where it would give up.
+    """Within this context, keep out three notices, and let it go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
     is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
