@@ -75,7 +75,8 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     What goes wrong in the thread is raised here, at the batch that it concerns.
     """
     pool = ThreadPoolExecutor(1, "batches")
-    beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+    cuda: Any = torch.cuda  # torch leaves its streams untyped
+    beside = cuda.Stream(device) if device.type == "cuda" else None
     try:
         coming = deque(pool.submit(_sent, batches, device, beside) for _ in range(NUM_AHEAD))
         while (sent := coming.popleft().result()) is not None:

@@ -16,8 +16,9 @@ from sandbox_plugins.tasks.bench.clock import (
     spread,
 )
 from sandbox_plugins.tasks.bench.counting import _tensors, work_of
-from sandbox_plugins.tasks.bench.split import Split, replaced, seams, split_once
+from sandbox_plugins.tasks.bench.split import Split, seams, split_once
 from sandbox_plugins.tasks.bench.task import Bench
+from sandbox_plugins.tasks.replacing import replaced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

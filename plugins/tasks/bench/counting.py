@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
+from ..replacing import replaced
 from ..settings import autocast
 from .clock import Precision
-from .split import replaced
 
 HOW = {
     "flops": "torch.utils.flop_counter over one image: matrix products, convolutions and attention "
