@@ -8,6 +8,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 import torch
 
@@ -33,6 +35,19 @@ def compiling() -> Iterator[None]:
             yield
         finally:
             _BOUNDS.removeFilter(_is_news)
+
+
+@contextmanager
+def compiled_generator(made: Any) -> Iterator[Any]:
+    """A generator whose training is compiled, within this context; its network is the same one."""
+    again = copy(made)  # what compiling notes in a generator goes with the copy
+    with compiling():
+        try:
+            (getattr(again, "compile", None) or again.network.compile)()
+            yield again
+        finally:
+            for module in again.network.modules():
+                module._compiled_call_impl = None  # torch itself has no way back from compile()
 
 
 def _is_news(record: logging.LogRecord) -> bool:
