@@ -206,7 +206,8 @@ def test_on_a_gpu_a_training_step_never_holds_its_logits_in_float32(compiled):
     generator = build(layout)
     generator.tokenizer.vocab_size = v
     generator.tokenizer.contexts = lambda ids: torch.zeros(*ids.shape, 3, device=device)
-    generator.network = VAR(VAR.Params(depth=1, width=64), tokens).to(device).train()
+    params = VAR.Params(depth=1, width=64, attention=part(SdpaAttention))
+    generator.network = VAR(params, tokens).to(device).train()
     if compiled:
         generator.compile()
     ids = torch.randint(v, (b, layout.seq_len), device=device)
