@@ -192,7 +192,11 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """What is trained and sampled from. Built as `Class(params, subject)`."""
+    """What is trained and sampled from. Built as `Class(params, subject)`.
+
+    It may also have `compile() -> None`, called before a training that is to be compiled; without
+    it, the network's own is.
+    """
 
     network: nn.Module
     """What the optimiser trains and a checkpoint keeps."""

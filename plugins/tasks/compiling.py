@@ -6,12 +6,13 @@ own words; whatever else the compiler says is still told.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
 import torch
+from torch import nn
 
 _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
@@ -37,13 +38,19 @@ def compiling() -> Iterator[None]:
             _BOUNDS.removeFilter(_is_news)
 
 
+def compiler_of(made: Any) -> Callable[[], None]:
+    """What compiles a generator's training: its own `compile`, else its network's."""
+    own = getattr(type(made), "compile", nn.Module.compile)
+    return made.network.compile if own is nn.Module.compile else made.compile
+
+
 @contextmanager
 def compiled_generator(made: Any) -> Iterator[Any]:
     """A generator whose training is compiled, within this context; its network is the same one."""
     again = copy(made)  # what compiling notes in a generator goes with the copy
     with compiling():
         try:
-            (getattr(again, "compile", None) or again.network.compile)()
+            compiler_of(again)()
             yield again
         finally:
             for module in again.network.modules():

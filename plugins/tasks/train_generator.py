@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import sandbox
 
 from .cache import cached
+from .compiling import compiler_of
 from .encoding import CodingPrecision, coding, coding_precision
 from .loop import Fit, train
 from .plan import training_plan
@@ -89,7 +90,7 @@ class TrainGenerator:
                 loss,
                 validate,
                 "loss",
-                compile=getattr(made, "compile", None),
+                compile=compiler_of(made),
             )
         )
         run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])

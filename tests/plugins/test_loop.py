@@ -333,8 +333,13 @@ def run_on_gpu(tmp_path, registry):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
-def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled):
+@pytest.mark.parametrize("small", [True, False])
+def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, small):
+    """Neither where all fits, nor where ids come from the disk and logits in pieces."""
     guard = NoWaiting()
+    if not small:
+        monkeypatch.setattr("sandbox_plugins.tasks.cache._RESIDENT_BYTES", 0)
+        monkeypatch.setattr("sandbox_plugins.autoregressive.MAX_LOGITS", 4 * 85 * 64)
 
     def observers(parts):
         manager = pluggy.PluginManager("sandbox")
@@ -343,8 +348,17 @@ def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled):
         return manager.hook
 
     monkeypatch.setattr("sandbox.run._observers", observers)
-    run_on_gpu(*[f"tasks.{index}.compile={compiled!r}" for index in range(3)])
+    words = [f"tasks.{index}.compile={compiled!r}" for index in range(3)]
+    run_on_gpu(*words, f"generator.backbone.recompute={not small}")
     assert len(guard.watched) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_on_a_gpu_the_optimizer_steps_in_one_launch_a_group(name):
+    network = nn.Linear(2, 2).cuda()
+    optimizer = optimizer_of(network, Training(num_images=1, optimizer=name), torch.device("cuda"))
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 @pytest.mark.gpu

@@ -85,6 +85,21 @@ def test_blocks_that_are_computed_again_give_the_same_numbers(layout, seed, vari
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+def test_blocks_that_are_compiled_are_computed_again_as_such():
+    contexts, labels = inputs(Layout.pyramid(1, 2, 3), 0)
+    settings = {"label_dropout": 0.0, "drop_path": 0.0}
+    plain, again = (
+        awake(build(Layout.pyramid(1, 2, 3), recompute=recompute, **settings)).train()
+        for recompute in (False, True)
+    )
+    again.compile(backend="aot_eager")
+    for model in (plain, again):
+        model(contexts, labels).logsumexp(-1).mean().backward()
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 def test_blocks_that_are_computed_again_keep_less():
     contexts, labels = inputs(Layout.pyramid(1, 2, 3), 0)
 
