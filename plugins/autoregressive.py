@@ -4,8 +4,9 @@ The one idea to hold: it joins a frozen tokenizer, a backbone, a sampler and an 
 asks which layout they share, so VAR and raster-scan prediction are both this class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import sandbox
 from sandbox import Keep, Layout, Losses, Part, Subject, Tokens, Watch
+
+MAX_LOGITS = 2**25
+"""How many logits of a training batch are held at once: 128 MiB of them (of one image, if more)."""
 
 
 @sandbox.hookimpl
@@ -67,6 +72,7 @@ class Autoregressive:
         self.network: nn.Module = self.backbone
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
         self._shares: dict[torch.device, Tensor] = {}
+        self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
 
     @torch.no_grad()
     def prepare(
@@ -90,12 +96,10 @@ class Autoregressive:
         with torch.no_grad():
             seen, ids = self._lesson(prepared)
             contexts = self.tokenizer.contexts(seen)
-        call = self.network if self.network.training else self.network.forward
-        logits = call(contexts, labels)
-        losses = self.objective.losses(logits, ids, self.layout)
+        losses, right = self._judged(contexts, labels, ids)
         total = losses.mean()
         with torch.no_grad():
-            parts = {"loss": total.detach(), "accuracy": (logits.argmax(-1) == ids).float().mean()}
+            parts = {"loss": total.detach(), "accuracy": right.float().mean()}
             if self.layout.num_levels > 1:
                 levels = (self._level_shares(losses.device) * losses.mean(dim=0)).sum(dim=1)
                 for number, level in enumerate(levels.unbind(), 1):
@@ -110,6 +114,44 @@ class Autoregressive:
         noise = most * torch.rand(len(prepared), device=prepared.device)
         seen, ids = self.tokenizer.quantize(prepared, noise)
         return self._disturbed(seen), ids
+
+    def compile(self) -> None:
+        """Compile what training runs: the network, and its output layer with the objective."""
+        self.network.compile()
+        self._score = torch.compile(self._scored, dynamic=False)
+
+    def _judged(
+        self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"], ids: Int[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        """The loss of every token, and whether its id was thought the likeliest.
+
+        Of a backbone in two halves the logits, the largest tensor there is, are made of a few
+        images at a time, and again for their gradients (a few operations in a thousand).
+        """
+        network: Any = self.network
+        if not (hasattr(network, "features") and hasattr(network, "logits")):
+            logits = (network if network.training else network.forward)(contexts, labels)
+            return self._right(logits, ids)
+        count = -(-ids.numel() * self.tokenizer.vocab_size // MAX_LOGITS)
+        score = self._score if network.training else self._scored
+        if count > 1:
+            score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+        pieces = (x.chunk(count) for x in (ids, *network.features(contexts, labels)))
+        scored = [score(*piece) for piece in zip(*pieces, strict=True)]
+        losses, right = zip(*scored, strict=True)
+        return torch.cat(losses), torch.cat(right)
+
+    def _scored(
+        self, ids: Int[Tensor, "b l"], *features: Tensor
+    ) -> tuple[Float[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        network: Any = self.network
+        return self._right(network.logits(*features), ids)
+
+    def _right(
+        self, logits: Float[Tensor, "b l v"], ids: Int[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b l"], Bool[Tensor, "b l"]]:
+        losses = self.objective.losses(logits, ids, self.layout)
+        return losses, logits.detach().argmax(-1) == ids
 
     def _disturbed(self, ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
         """The ids, in training some of them replaced as `token_noise` says."""

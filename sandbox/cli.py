@@ -116,6 +116,9 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
         "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
     )
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
+    sub.add_argument(
+        "--compile", metavar="WHEN", help="on, off, auto: also measure what is compiled"
+    )
     sub.add_argument("--profile", action="store_true", help="keep a Chrome trace of one generation")
 
 
@@ -209,6 +212,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         "batch_sizes": _words(arguments.batch_sizes),
         "precision": _words(arguments.precision),
         "repeats": arguments.repeats,
+        "compile": arguments.compile,
         "profile": arguments.profile or None,
     }
     settings = {key: value for key, value in asked.items() if value is not None}

@@ -162,7 +162,13 @@ class AttentionBackend(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Contexts and labels to logits; an `nn.Module`. Built as `Class(params, tokens)`."""
+    """Contexts and labels to logits; an `nn.Module`. Built as `Class(params, tokens)`.
+
+    Logits are the largest tensor of a training. One that has `forward` in two halves need not hold
+    them all at once: `features(contexts, labels)` gives a tuple of tensors whose first axis is b,
+    and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
+    backbone compiles what is slow in `features`.
+    """
 
     def forward(
         self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"]
@@ -199,7 +205,11 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """What is trained and sampled from. Built as `Class(params, subject)`."""
+    """What is trained and sampled from. Built as `Class(params, subject)`.
+
+    It may also have `compile() -> None`, called before a training that is to be compiled; without
+    it, the network's own is.
+    """
 
     network: nn.Module
     """What the optimiser trains and a checkpoint keeps."""

@@ -11,7 +11,10 @@ from sandbox.values import Losses
 
 @runtime_checkable
 class Objective(Protocol):
-    """How wrong predicted logits are. Built as `Class(params)`."""
+    """How wrong predicted logits are, each image by itself. Built as `Class(params)`.
+
+    It may be called with a few images of a batch at a time, and again for their gradients.
+    """
 
     def losses(
         self, logits: Float[Tensor, "b l v"], ids: Int[Tensor, "b l"], layout: Layout

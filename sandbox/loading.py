@@ -5,6 +5,7 @@ augmentation derive from the seed. So a loader started at any batch goes on exac
 from the beginning, with any number of worker processes, and wherever the images lie.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,6 +20,9 @@ from sandbox.errors import SandboxError
 from sandbox.interfaces import Dataset
 from sandbox.seeds import generator
 from sandbox.values import Batch, Split
+
+NUM_AHEAD = 4
+"""Batches on their way while one is used: a slow read among fast ones stalls nothing."""
 
 
 def stream(
@@ -35,7 +39,7 @@ def stream(
     """Endless shuffled batches, from the one that begins at image number `start`.
 
     They lie on `device` where it is given: a GPU holds the whole data set where that offers it,
-    else it is sent each batch while the one before is used. A share `(i, n)` is the i-th of n equal
+    else it is sent each batch while others are used. A share `(i, n)` is the i-th of n equal
     parts of every batch, for one of several processes; its augmentation is its own.
     """
     if dataset.size(split) < 1:
@@ -65,19 +69,42 @@ def sweep(
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Endless `batches` on `device`; a thread loads each while the one before it is used.
+    """The same batches on `device`; a thread loads a few while the one before them is used.
 
+    A GPU gets them on a stream of their own, through pinned memory, beside what it computes.
     What goes wrong in the thread is raised here, at the batch that it concerns.
     """
     pool = ThreadPoolExecutor(1, "batches")
+    cuda: Any = torch.cuda  # torch leaves its streams untyped
+    beside = cuda.Stream(device) if device.type == "cuda" else None
     try:
-        coming = pool.submit(_pinned, batches, device)
-        while True:
-            batch = coming.result()
-            coming = pool.submit(_pinned, batches, device)
-            yield Batch(to_device(batch.images, device), to_device(batch.labels, device))
+        coming = deque(pool.submit(_sent, batches, device, beside) for _ in range(NUM_AHEAD))
+        while (sent := coming.popleft().result()) is not None:
+            coming.append(pool.submit(_sent, batches, device, beside))
+            yield _received(*sent)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _sent(
+    batches: Iterator[Batch], device: torch.device, beside: torch.cuda.Stream | None
+) -> tuple[Batch, torch.cuda.Event | None] | None:
+    """The next batch on its way to `device` and what tells its arrival; None after the last."""
+    if (batch := next(batches, None)) is None:
+        return None
+    with torch.cuda.stream(beside):
+        sent = Batch(to_device(batch.images, device), to_device(batch.labels, device))
+        return sent, beside.record_event() if beside else None
+
+
+def _received(batch: Batch, arrival: torch.cuda.Event | None) -> Batch:
+    """The batch, which the GPU's work (but not its host) waits for."""
+    if arrival is not None:
+        stream = torch.cuda.current_stream(batch.labels.device)
+        stream.wait_event(arrival)
+        for tensor in (batch.images, batch.labels):
+            tensor.record_stream(stream)  # else its memory were free when the loader thinks so
+    return batch
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -85,13 +112,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def _pinned(batches: Iterator[Batch], device: torch.device) -> Batch:
-    batch = next(batches)
-    if device.type != "cuda":
-        return batch
-    return Batch(batch.images.pin_memory(), batch.labels.pin_memory())
 
 
 def _loaded(batches: "_Batches", num_workers: int) -> Iterator[Batch]:

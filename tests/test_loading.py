@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandbox import Batch, SandboxError, ahead, stream, sweep, to_device
+from sandbox.loading import NUM_AHEAD
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -133,6 +134,29 @@ def test_loading_ahead_changes_nothing(num_workers):
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
+@given(seeds, st.integers(1, 20), st.integers(1, 7))
+def test_loading_ahead_ends_where_the_batches_end(seed, size, batch_size):
+    plain = list(sweep(Numbered(size), "train", batch_size, seed=seed))
+    coming = ahead(sweep(Numbered(size), "train", batch_size, seed=seed), torch.device("cpu"))
+    assert equal(plain, coming)
+
+
+def test_a_few_batches_are_loaded_before_they_are_asked_for():
+    class Counting(Numbered):
+        begun = threading.Semaphore(0)
+
+        def batch(self, split, indices, rng):
+            self.begun.release()
+            return super().batch(split, indices, rng)
+
+    dataset = Counting(10)
+    coming = ahead(stream(dataset, "train", 1, seed=0), torch.device("cpu"))
+    next(coming)
+    assert all(dataset.begun.acquire(timeout=30) for _ in range(1 + NUM_AHEAD))
+    assert not dataset.begun.acquire(timeout=0.05)
+    coming.close()
+
+
 def test_a_failure_while_loading_ahead_is_raised_at_its_batch():
     class Broken(Numbered):
         def batch(self, split, indices, rng):
@@ -145,6 +169,24 @@ def test_a_failure_while_loading_ahead_is_raised_at_its_batch():
         seen.extend(coming)
     assert equal(seen, take(stream(Numbered(10), "train", 1, seed=0), len(seen)))
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+@pytest.mark.gpu
+def test_a_batch_is_not_read_before_it_has_arrived_nor_kept_from_those_who_use_it():
+    """Large batches, whose copies take longer than what is computed of them."""
+
+    class Large(Numbered):
+        def batch(self, split, indices, rng):
+            return Batch(indices[0].float().expand(2**24).contiguous(), indices)
+
+    coming = ahead(stream(Large(64), "train", 1, seed=0), torch.device("cuda"))
+    for _ in range(32):
+        batch = next(coming)
+        torch.cuda._sleep(10**6)
+        low, high, label = *batch.images.aminmax(), batch.labels[0]
+        del batch  # its memory may be another one's while all this is still to be done
+        assert low == high == label
+    coming.close()
 
 
 @pytest.mark.gpu

@@ -1,11 +1,14 @@
 """What a generator reads of a data set, computed once and kept on disk.
 
 The file is a plain .npy array beside its labels, read through a memory map; its name carries a
-checksum of everything it depends on, so that another tokenizer or data set makes another file.
+checksum of everything it depends on, so that another tokenizer or data set makes another file, and
+the precision that the images were encoded in, which decides some of the ids.
 """
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,14 @@ from torch import Tensor
 import sandbox
 
 from .arrays import new_array
+from .encoding import CodingPrecision, coding, coding_precision, in_bulk
 
 _RESIDENT_BYTES = 4 * 2**30
 """What takes no more is moved to a GPU as a whole."""
+_BATCH_SIZE = 128
+"""Images encoded at once, at most."""
+_NUM_COMPILED = 40_000
+"""From so many images on, a GPU saves more time by compiling than compiling takes."""
 
 
 class Prepared:
@@ -47,7 +55,12 @@ class Prepared:
 
 @torch.no_grad()
 def cached(
-    run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, limit: int | None
+    run: sandbox.Run,
+    split: sandbox.Split,
+    batch_size: int,
+    passes: int,
+    limit: int | None,
+    precision: CodingPrecision = "tf32",
 ) -> Prepared:
     """The prepared data set of a split, from its file if there is one.
 
@@ -55,11 +68,13 @@ def cached(
     """
     # Agreed on: a last bit of the tokenizer's weights that differs must not make another name.
     key = sandbox.agree(_key(run, split, passes, limit) if sandbox.rank() == 0 else "")
-    folder = run.folder / "cache" / f"{split}-{key}"
+    precision = coding_precision(run.device, precision)
+    folder = run.folder / "cache" / f"{split}-{precision}-{key}"
     size = run.dataset.size(split) if limit is None else min(limit, run.dataset.size(split))
     if sandbox.rank() == 0 and not (folder / "labels.npy").exists():
         run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
-        _write(run, split, batch_size, passes, size, folder)
+        with coding(run.device, precision):
+            _write(run, split, min(batch_size, _BATCH_SIZE), passes, size, folder)
     sandbox.barrier()
     # Mapped for copy on write, since torch takes no read-only array; nothing is written.
     examples = np.load(folder / "examples.npy", mmap_mode="c", allow_pickle=False)
@@ -72,21 +87,40 @@ def _write(
 ) -> None:
     target, labels, row = None, [], 0
     draft = folder / "examples.draft.npy"
-    for number in range(passes):
-        for batch in sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number):
-            examples = _compact(run, run.generator.prepare(batch.images.to(run.device)).cpu())
-            if target is None:
-                shape = (passes * size, *examples.shape[1:])
-                target = new_array(draft, examples.dtype, shape)
-            target[row : row + len(examples)] = examples
-            labels.append(batch.labels)
-            row += len(examples)
+    with _encoding(run, passes * size, batch_size) as encode:
+        for number in range(passes):
+            images = sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number)
+            for batch in sandbox.ahead(images, run.device):
+                examples = _compact(run, encode(batch.images).cpu())
+                if target is None:
+                    shape = (passes * size, *examples.shape[1:])
+                    target = new_array(draft, examples.dtype, shape)
+                target[row : row + len(examples)] = examples
+                labels.append(batch.labels.cpu())
+                row += len(examples)
     if target is None:
         raise sandbox.SandboxError(f"the data set has no {split} images")
     target.flush()
     draft.replace(folder / "examples.npy")
     with sandbox.atomic(folder / "labels.npy") as path, path.open("wb") as file:
         np.save(file, torch.cat(labels).numpy())
+
+
+@contextmanager
+def _encoding(
+    run: sandbox.Run, num_images: int, batch_size: int
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What encodes so many images in batches of one size, the last of which may be smaller."""
+    compiled = run.device.type == "cuda" and num_images >= _NUM_COMPILED
+    tokenizer = run.tokenizer if run.settings("tokenizer") else None
+
+    def encode(images: Tensor) -> Tensor:
+        missing = batch_size - len(images) if compiled else 0  # compiled for one size
+        filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)]) if missing else images
+        return run.generator.prepare(filled)[: len(images)]
+
+    with in_bulk(tokenizer, run.device, compiled=compiled):
+        yield encode
 
 
 def _compact(run: sandbox.Run, examples: Tensor) -> np.ndarray:

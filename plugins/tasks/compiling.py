@@ -6,31 +6,55 @@ own words; whatever else the compiler says is still told.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 import torch
+from torch import nn
 
 _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Within this context, keep out two notices, and let the compiler go on where it would give up.
+    """Within this context, keep out three notices, and let it go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
     is wanted; what is compiled within `sandbox.exact_float32` goes without them on purpose.
+    "The .grad attribute of a Tensor that is not a leaf": it is the compiler itself that looks.
     "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
     By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
     """
     with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         _BOUNDS.addFilter(_is_news)
         try:
             yield
         finally:
             _BOUNDS.removeFilter(_is_news)
+
+
+def compiler_of(made: Any) -> Callable[[], None]:
+    """What compiles a generator's training: its own `compile`, else its network's."""
+    own = getattr(type(made), "compile", nn.Module.compile)
+    return made.network.compile if own is nn.Module.compile else made.compile
+
+
+@contextmanager
+def compiled_generator(made: Any) -> Iterator[Any]:
+    """A generator whose training is compiled, within this context; its network is the same one."""
+    again = copy(made)  # what compiling notes in a generator goes with the copy
+    with compiling():
+        try:
+            compiler_of(again)()
+            yield again
+        finally:
+            for module in again.network.modules():
+                module._compiled_call_impl = None  # torch itself has no way back from compile()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 import sandbox
 
+from .encoding import coding_precisions
 from .health import Health
 from .kmeans import MAX_VECTORS, kmeans_perplexity
 from .pictures import tokenizer_pictures
-from .precisions import compare_precisions, encoder_precisions
+from .precisions import compare_precisions
 
 
 class InspectTokenizer:
@@ -53,7 +54,7 @@ class InspectTokenizer:
         if self.params.kmeans:
             plan["k-means"] = f"{tokenizer.vocab_size} codes a scale, and for all scales together"
         if self.params.precisions:
-            plan["encoders"] = ", ".join(encoder_precisions(run.device))
+            plan["encoders"] = ", ".join(coding_precisions(run.device))
         return plan
 
     def run(self, run: sandbox.Run) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class InspectTokenizer:
             result["precisions"] = compare_precisions(
                 run, tokenizer, params.num_images, params.batch_size
             )
-            if "TF32" not in encoder_precisions(run.device):
+            if "tf32" not in coding_precisions(run.device):
                 run.say("TF32 is left out: this device has none, so that it would be float32")
         tokenizer_pictures(run, tokenizer, params.picture_images)
         return result

@@ -2,14 +2,22 @@
 
 from contextlib import AbstractContextManager
 from math import cos, pi
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
 import sandbox
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def _word(value: Any) -> Any:
+    """YAML reads a plain on or off as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Compile = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 def precision_on(device: torch.device, precision: Precision) -> Precision:
@@ -64,7 +72,7 @@ class Training(sandbox.Params):
     """Decay of an exponential average of the weights, which is then what is kept; off if absent."""
     precision: Precision = "auto"
     """Of the matrix work. `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Compile = "auto"
     """Whether the network's kernels are built for it by torch.compile. `auto`: on a GPU, for at
     least 500 steps."""
     report_every: int = Field(640, gt=0)
@@ -77,12 +85,6 @@ class Training(sandbox.Params):
     """Which weights are kept at the end: the last, or those of the best validation."""
     num_workers: int = Field(0, ge=0)
     """Processes that load data; results do not depend on it."""
-
-    @field_validator("compile", mode="before")
-    @classmethod
-    def _words(cls, value: Any) -> Any:
-        """YAML reads a plain on or off as true or false."""
-        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1]."""

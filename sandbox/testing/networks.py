@@ -93,12 +93,24 @@ def backbone_law(backbone: Backbone, tokens: Tokens, seed: int = 0) -> None:
         agree(torch.cat(steps, 1), whole, "stepwise logits are the teacher-forced logits", 1e-3)
         rows = [backbone.forward(contexts[i : i + 1], labels[i : i + 1]) for i in range(2)]
         agree(torch.cat(rows), whole, "a batch of two is two batches of one", 1e-3)
+        _halves_law(backbone, contexts, labels, whole)
         for span in layout.spans[1:]:
             later = contexts.clone()
             later[:, span] += 1
             moved = backbone.forward(later, labels)
             earlier = slice(0, span.start)
             agree(moved[:, earlier], whole[:, earlier], "no later step moves an earlier logit")
+
+
+def _halves_law(backbone: Backbone, contexts: Tensor, labels: Tensor, whole: Tensor) -> None:
+    features: Callable[..., tuple[Tensor, ...]] | None = getattr(backbone, "features", None)
+    logits: Callable[..., Tensor] | None = getattr(backbone, "logits", None)
+    if features is None or logits is None:
+        return
+    halves = features(contexts, labels)
+    holds(all(len(half) == len(labels) for half in halves), "features have a row an image")
+    rows = [logits(*(half[i : i + 1] for half in halves)) for i in range(len(labels))]
+    agree(torch.cat(rows), whole, "logits of rows of the features are those of forward", 1e-3)
 
 
 def sampler_law(sampler: Sampler, params: Any, seed: int = 0) -> None:
@@ -140,6 +152,8 @@ def objective_law(objective: Objective, layout: Layout, seed: int = 0) -> None:
     losses = objective.losses(logits, ids, layout)
     holds(losses.shape == ids.shape, "losses has one loss a token, b l")
     holds(bool(losses.isfinite().all()), "losses are finite")
+    rows = [objective.losses(logits[i : i + 1], ids[i : i + 1], layout) for i in range(2)]
+    agree(torch.cat(rows), losses, "an image's losses do not depend on the others in its batch")
     (gradient,) = torch.autograd.grad(losses.mean(), logits)
     holds(bool(gradient.isfinite().all() and gradient.any()), "gradients reach the logits")
     right = 4 * nn.functional.one_hot(ids, v).float()

@@ -1,10 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sandbox import Layout, Part, SandboxError, Subject
+from sandbox import Layout, Part, SandboxError, Subject, Tokens
+from sandbox_plugins import autoregressive
 from sandbox_plugins.attention import SdpaAttention
 from sandbox_plugins.autoregressive import Autoregressive, keep_cells
 from sandbox_plugins.objectives import CrossEntropy
@@ -143,6 +146,89 @@ def test_the_loss_is_the_mean_over_tokens_and_its_parts_add_up(layout, seed):
         for name, span in zip(scales, layout.spans, strict=True):
             torch.testing.assert_close(losses.parts[name], per_token[:, span].mean().detach())
     assert not any(value.requires_grad for value in losses.parts.values())
+
+
+def gradients(generator, ids, labels):
+    """The losses with the gradient of each parameter, in training mode."""
+    generator.network.train().zero_grad()
+    losses = generator.loss(ids, labels)
+    losses.total.backward()
+    return losses, {name: p.grad.clone() for name, p in generator.network.named_parameters()}
+
+
+objectives = st.sampled_from(
+    [{}, {"label_smoothing": 0.3}, {"level_weights": "sqrt"}, {"label_smoothing": 0.1}]
+)
+
+
+@given(
+    layout=layouts,
+    seed=seeds,
+    b=st.integers(1, 7),
+    images=st.integers(1, 4),
+    settings=objectives,
+    half=st.booleans(),
+)
+def test_logits_made_a_few_images_at_a_time_give_the_same_losses_and_gradients(
+    layout, seed, b, images, settings, half
+):
+    plain = {"label_dropout": 0.0, "drop_path": 0.0}
+    generator = awake(build(layout, objective=part(CrossEntropy, **settings), **plain))
+    ids = generator.prepare(images_for(generator, seed, b))
+    labels, held = torch.arange(b) % 4, []
+    score = generator._scored
+    generator._score = lambda ids, *features: held.append(len(ids)) or score(ids, *features)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        whole, exact = gradients(generator, ids, labels)
+        assert held == [b]
+        patch.setattr(autoregressive, "MAX_LOGITS", images * layout.seq_len * 13)
+        pieces, ours = gradients(generator, ids, labels)
+    assert max(held[1:]) <= images and (images >= b or sum(held[1:]) == 2 * b)  # and once again
+    torch.testing.assert_close(dict(pieces.parts), dict(whole.parts))
+    for name, gradient in exact.items():
+        tolerance = {"rtol": 2e-2, "atol": 2e-2 * float(gradient.abs().max())} if half else {}
+        torch.testing.assert_close(ours[name], gradient, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+def test_what_is_compiled_learns_the_same_a_few_images_at_a_time(monkeypatch):
+    generator = awake(build(Layout.pyramid(1, 2, 3), label_dropout=0.0, drop_path=0.0))
+    ids = generator.prepare(images_for(generator, 0))
+    whole, exact = gradients(generator, ids, LABELS)
+    monkeypatch.setattr(autoregressive, "MAX_LOGITS", 14 * 13)
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)
+    )
+    generator.network.compile = lambda: None  # blocks are compiled alone, and tested so
+    generator.compile()
+    pieces, ours = gradients(generator, ids, LABELS)
+    torch.testing.assert_close(dict(pieces.parts), dict(whole.parts))
+    torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_a_training_step_never_holds_its_logits_in_float32(compiled):
+    layout, device, b, v = Layout.pyramid(1, 2, 16), torch.device("cuda"), 256, 4096
+    tokens = Tokens(layout, v, 3, 4)
+    generator = build(layout)
+    generator.tokenizer.vocab_size = v
+    generator.tokenizer.contexts = lambda ids: torch.zeros(*ids.shape, 3, device=device)
+    params = VAR.Params(depth=1, width=64, attention=part(SdpaAttention))
+    generator.network = VAR(params, tokens).to(device).train()
+    if compiled:
+        generator.compile()
+    ids = torch.randint(v, (b, layout.seq_len), device=device)
+    labels = torch.zeros(b, dtype=torch.long, device=device)
+    for _ in range(2):  # what compiling takes does not count
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", torch.bfloat16):
+            generator.loss(ids, labels).total.backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        generator.network.zero_grad()
+    assert peak < 4 * b * layout.seq_len * v
 
 
 class Listening(torch.nn.Module):

@@ -1,11 +1,13 @@
 """The task `bench` from within: what timing leaves alone, how spread and state are counted."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional as F
 
 import sandbox
 from sandbox_plugins.tasks.bench.clock import (
@@ -16,8 +18,10 @@ from sandbox_plugins.tasks.bench.clock import (
     spread,
 )
 from sandbox_plugins.tasks.bench.counting import _tensors, work_of
-from sandbox_plugins.tasks.bench.split import Split, replaced, seams, split_once
+from sandbox_plugins.tasks.bench.rows import noise
+from sandbox_plugins.tasks.bench.split import Split, seams, split_once
 from sandbox_plugins.tasks.bench.task import Bench
+from sandbox_plugins.tasks.replacing import replaced
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,6 +89,31 @@ def test_the_training_steps_leave_the_weights_alone(run):
     after = run.generator.network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not run.generator.network.training
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+def test_what_is_compiled_has_rows_of_its_own_and_leaves_no_trace(run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    network = run.generator.network
+    network.compile = lambda: [b.compile(backend="eager") for b in network.blocks]
+    found = Bench(Bench.Params(batch_sizes=(1, 2), repeats=1, compile=True))._measure(run)
+    for part in ("encoding", "decoding", "training"):
+        rows = [(row["batch_size"], row.get("compiled", False)) for row in found[part]]
+        assert rows == [(1, False), (2, False), (2, True)]
+        assert all(row["status"] == "ok" for row in found[part])
+    assert not any("compiled" in row for row in found["generation"])
+    assert [row["ids_changed"] for row in found["encoding"]] == [0, 0, 0]
+    assert found["training"][2]["flops"] == found["training"][1]["flops"] > 0
+    assert all(module._compiled_call_impl is None for module in network.modules())
+    assert "encode" not in vars(run.tokenizer.autoencoder)
+    assert run.generator._score == run.generator._scored
+
+
+def test_noise_lies_in_range_and_is_as_strong_in_every_octave(run):
+    images = noise(run, 200)
+    assert images.shape == (200, 3, 8, 8) and images.abs().max() <= 1
+    whole, halves = images.std(), F.avg_pool2d(images, 4).std()
+    assert 0.3 < halves / whole < 0.95  # of white noise it would be 0.25
 
 
 def test_the_bytes_of_a_generation_are_weights_every_step_and_the_cache_filled_so_far(run):

@@ -112,7 +112,7 @@ def test_inspection_of_a_trained_tokenizer(tmp_path, one_thread):
         assert 1 <= row["kmeans_shared_perplexity"] <= 16 and row["kmeans_perplexity"] > 4
         assert row["residual"] > 0 and "psnr_upto" in row and "ids_changed" not in row
     assert 0 <= result["dead_codes"] < 16
-    assert set(result["precisions"]["psnr"]) == {"float32", "bfloat16"}  # no TF32 on a CPU
+    assert set(result["precisions"]["psnr"]) == {"float32", "bfloat16"}  # a CPU has no TF32
     assert result["precisions"]["psnr"]["float32"] == pytest.approx(result["psnr"], abs=0.01)
     changed = result["precisions"]["ids_changed"]
     assert [set(row) for row in changed] == [{"scale", "bfloat16"}] * 3

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -255,6 +256,22 @@ def test_what_is_prepared_is_moved_unless_it_is_too_large(monkeypatch):
     assert prepared.to(CPU) is prepared
 
 
+def test_what_is_mapped_comes_in_the_same_order_read_ahead_or_not(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "examples.npy", rng.integers(0, 4096, (50, 7)).astype(np.int16))
+    mapped = np.load(tmp_path / "examples.npy", mmap_mode="c", allow_pickle=False)
+    prepared = Prepared(torch.from_numpy(mapped), torch.arange(50), Points())
+
+    def batches():
+        return sandbox.stream(prepared, "train", 8, seed=1, start=24)
+
+    plain, early = islice(batches(), 20), sandbox.ahead(batches(), CPU)
+    for one, other in zip(plain, early, strict=False):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, torch.from_numpy(mapped).long()[one.labels])
+    early.close()
+
+
 RECIPE = """\
 seed: 3
 device: cuda
@@ -316,8 +333,13 @@ def run_on_gpu(tmp_path, registry):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
-def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled):
+@pytest.mark.parametrize("small", [True, False])
+def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, small):
+    """Neither where all fits, nor where ids come from the disk and logits in pieces."""
     guard = NoWaiting()
+    if not small:
+        monkeypatch.setattr("sandbox_plugins.tasks.cache._RESIDENT_BYTES", 0)
+        monkeypatch.setattr("sandbox_plugins.autoregressive.MAX_LOGITS", 4 * 85 * 64)
 
     def observers(parts):
         manager = pluggy.PluginManager("sandbox")
@@ -326,8 +348,17 @@ def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled):
         return manager.hook
 
     monkeypatch.setattr("sandbox.run._observers", observers)
-    run_on_gpu(*[f"tasks.{index}.compile={compiled!r}" for index in range(3)])
+    words = [f"tasks.{index}.compile={compiled!r}" for index in range(3)]
+    run_on_gpu(*words, f"generator.backbone.recompute={not small}")
     assert len(guard.watched) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_on_a_gpu_the_optimizer_steps_in_one_launch_a_group(name):
+    network = nn.Linear(2, 2).cuda()
+    optimizer = optimizer_of(network, Training(num_images=1, optimizer=name), torch.device("cuda"))
+    assert all(group["fused"] for group in optimizer.param_groups)
 
 
 @pytest.mark.gpu

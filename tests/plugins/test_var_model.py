@@ -70,6 +70,56 @@ def test_stepwise_logits_are_the_teacher_forced_ones(layout, seed, variant):
     torch.testing.assert_close(torch.cat(stepwise(model, contexts, labels), 1), whole)
 
 
+@given(layout=layouts, seed=seeds, variant=variants, dropout=st.sampled_from([0.0, 0.3]))
+def test_blocks_that_are_computed_again_give_the_same_numbers(layout, seed, variant, dropout):
+    """Bit for bit, with paths, labels and channels dropped by the same chance."""
+    contexts, labels = inputs(layout, seed)
+    found = []
+    for recompute in (False, True):
+        settings = {"dropout": dropout, "drop_path": 0.3, "recompute": recompute, **variant}
+        model = awake(build(layout, **settings), seed).train()
+        torch.manual_seed(seed)
+        logits = model(contexts, labels)
+        logits.logsumexp(-1).mean().backward()
+        found.append([logits.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+def test_blocks_that_are_compiled_are_computed_again_as_such():
+    contexts, labels = inputs(Layout.pyramid(1, 2, 3), 0)
+    settings = {"label_dropout": 0.0, "drop_path": 0.0}
+    plain, again = (
+        awake(build(Layout.pyramid(1, 2, 3), recompute=recompute, **settings)).train()
+        for recompute in (False, True)
+    )
+    again.compile(backend="aot_eager")
+    for model in (plain, again):
+        model(contexts, labels).logsumexp(-1).mean().backward()
+    for one, other in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_blocks_that_are_computed_again_keep_less():
+    contexts, labels = inputs(Layout.pyramid(1, 2, 3), 0)
+
+    def kept(recompute):
+        model, seen = build(Layout.pyramid(1, 2, 3), depth=4, recompute=recompute).train(), {}
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            kept_alive = model(contexts, labels)
+        assert kept_alive.requires_grad
+        return sum(seen.values())
+
+    assert kept(True) < kept(False) / 3
+
+
 @given(layout=layouts, seed=seeds, variant=variants)
 def test_a_later_context_never_moves_an_earlier_logit(layout, seed, variant):
     model = awake(build(layout, **variant), seed)

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
+from ..replacing import replaced
 from ..settings import autocast
 from .clock import Precision
-from .split import replaced
 
 HOW = {
     "flops": "torch.utils.flop_counter over one image: matrix products, convolutions and attention "
@@ -28,7 +28,12 @@ HOW = {
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",
-    "training": "the network uncompiled, ids of one noise image, AdamW, gradients clipped",
+    "training": "ids of one noise image, AdamW, gradients clipped; FLOPs are those of the "
+    "uncompiled step, what it computes twice (logits, blocks with `recompute`) counted twice",
+    "compiled": "built by torch.compile for that batch size, as for long trainings and large "
+    "caches; encoder and decoder in channels-last order too",
+    "ids_changed": "the share of ids that are not those of an exact float32 encoder, of 1/f noise; "
+    "of real images `inspect-tokenizer` tells it, scale by scale (`precisions: true`)",
 }
 """What the numbers of `bench.json` mean."""
 

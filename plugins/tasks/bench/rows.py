@@ -1,18 +1,22 @@
 """One row a measurement: a part, at a batch size, in a precision."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sandbox
 
+from ..compiling import compiled_generator
+from ..encoding import coding, in_bulk
 from ..loop import laid_out_for_speed
 from ..settings import Training, autocast
 from ..upkeep import optimizer_of
-from .clock import Clock, Precision, attempt, forget_peak, peak_bytes, spread
+from .clock import Clock, attempt, forget_peak, peak_bytes, spread
 from .counting import Work, training_flops
 from .split import Split, split_once
 
@@ -23,10 +27,12 @@ _STAGES = ("forward", "backward", "optimizer")
 class Setting:
     """How one row is measured."""
 
-    precision: Precision
+    precision: Any
+    """One of `Precision`; of encoders and decoders, `tf32` too."""
     batch_size: int
     repeats: int
     warmup: int
+    compiled: bool = False
 
 
 def generation(
@@ -53,13 +59,18 @@ def generation(
 
 
 def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
-    """The tokenizer's `encode` of noise."""
+    """The tokenizer's `encode` of noise, and the share of ids that are not those of float32."""
+    tokenizer = run.tokenizer
 
     def measure() -> dict[str, Any]:
         images = noise(run, setting.batch_size)
-        return _timed(clock, lambda: run.tokenizer.encode(images), setting)
+        found = _timed(clock, lambda: tokenizer.encode(images), setting)
+        ids = tokenizer.encode(images)
+        with coding(run.device, "float32"):
+            exact = tokenizer.encode(images)
+        return found | {"ids_changed": float((ids != exact).double().mean())}
 
-    return _quietly(run, setting, measure)
+    return _coding(run, setting, measure)
 
 
 def decoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
@@ -73,49 +84,48 @@ def decoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
         )
         return _timed(clock, lambda: tokenizer.decode(ids), setting)
 
-    return _quietly(run, setting, measure)
+    return _coding(run, setting, measure)
 
 
 def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
     """A step as `train-generator` takes it: loss, gradients, optimiser. Moves the weights."""
-    made, size = run.generator, setting.batch_size
-    settings = Training(num_images=size, batch_size=size)
+    plain, size = run.generator, setting.batch_size
+    network, settings = plain.network, Training(num_images=size, batch_size=size)
+    optimizer = optimizer_of(network, settings, run.device)
 
     def measure() -> dict[str, Any]:
         image = noise(run, 1) if run.settings("tokenizer") else _blank(run)
-        prepared = made.prepare(image)
+        prepared = plain.prepare(image)
         labels = torch.arange(size, device=run.device) % run.num_classes
         prepared = prepared.expand(size, *prepared.shape[1:]).contiguous()
-        optimizer = optimizer_of(made.network, settings, run.device)
         stages: list[list[Any]] = []
 
-        def loss() -> Tensor:
+        def loss(made: sandbox.Generator) -> Tensor:
             with autocast(run.device, setting.precision):
                 return made.loss(prepared, labels).total
 
-        def call() -> None:
+        def step(made: sandbox.Generator) -> None:
             marks = [clock.mark()]
             optimizer.zero_grad(set_to_none=True)
-            total = loss()
+            total = loss(made)
             marks.append(clock.mark())
             total.backward()
             marks.append(clock.mark())
-            parameters = [p for p in made.network.parameters() if p.grad is not None]
+            parameters = [p for p in network.parameters() if p.grad is not None]
             nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             stages.append([*marks, clock.mark()])
 
-        found = _timed(clock, call, setting)
+        counted = attempt(lambda: {"flops": training_flops(lambda: loss(plain))}).get("flops")
+        with compiled_generator(plain) if setting.compiled else nullcontext(plain) as made:
+            found = _timed(clock, lambda: step(made), setting)
         splits = [
             dict(zip(_STAGES, map(clock.seconds, marks, marks[1:]), strict=False))
             for marks in stages[-setting.repeats :]
         ]
-        optimizer.zero_grad(set_to_none=True)
-        counted = attempt(lambda: {"flops": training_flops(loss)}).get("flops")
         work = Work(counted // size, None, None) if counted else None
         return found | {"splits": splits} | shares(found["median_seconds"], size, work)
 
-    network = made.network
     with laid_out_for_speed(network, run.device):
         network.train()
         try:
@@ -126,9 +136,14 @@ def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
 
 
 def noise(run: sandbox.Run, num_images: int) -> Tensor:
-    """Images of uniform noise, of the tokenizer's size."""
-    shape = num_images, 3, *run.tokenizer.image_size
-    return torch.rand(shape, generator=run.rng("noise"), device=run.device) * 2 - 1
+    """Noise of the tokenizer's size, as strong in every octave, which is as photographs are."""
+    size, rng = run.tokenizer.image_size, run.rng("noise")
+    sides = [2**octave for octave in range(min(size).bit_length())]
+    images = torch.zeros(num_images, 3, *size, device=run.device)
+    for side in sides:
+        drawn = torch.rand(num_images, 3, side, side, generator=rng, device=run.device) * 2 - 1
+        images += F.interpolate(drawn, size, mode="bilinear")
+    return (images / len(sides) ** 0.5).clamp(-1, 1)
 
 
 def shares(seconds: float, batch_size: int, work: Work | None) -> Mapping[str, Any]:
@@ -147,17 +162,23 @@ def _blank(run: sandbox.Run) -> Tensor:
     return torch.zeros(1, 3, *run.dataset.image_size, device=run.device)
 
 
-def _quietly(
+def _coding(
     run: sandbox.Run, setting: Setting, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    with torch.no_grad(), autocast(run.device, setting.precision):
+    """Encoder and decoder as they are called by others; compiled, as where a cache is written."""
+    half = setting.precision == "float16"
+    precise = autocast(run.device, "float16") if half else coding(run.device, setting.precision)
+    bulk = in_bulk(run.tokenizer, run.device, compiled=True)
+    with torch.no_grad(), bulk if setting.compiled else nullcontext(), precise:
         return _row(setting, measure)
 
 
 def _row(setting: Setting, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Any part must work in float32; another precision it may refuse."""
-    where = {"precision": setting.precision, "batch_size": setting.batch_size}
-    return {**where, **attempt(measure, strict=setting.precision == "float32")}
+    """Any part must work in float32; another precision it may refuse, and compiling too."""
+    where: dict[str, Any] = {"precision": setting.precision, "batch_size": setting.batch_size}
+    where |= {"compiled": True} if setting.compiled else {}
+    strict = setting.precision == "float32" and not setting.compiled
+    return {**where, **attempt(measure, strict=strict)}
 
 
 def _timed(clock: Clock, call: Callable[[], Any], setting: Setting) -> dict[str, Any]:

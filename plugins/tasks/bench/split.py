@@ -14,6 +14,7 @@ import torch
 
 import sandbox
 
+from ..replacing import replaced
 from .clock import Clock
 
 REST = "rest"
@@ -90,24 +91,6 @@ class Split:
                 self._inside = False
 
         return call
-
-
-@contextmanager
-def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Let `owner` have another method within; objects that allow none are left as they are."""
-    before = getattr(owner, "__dict__", {}).get(name)
-    try:
-        object.__setattr__(owner, name, method)
-    except AttributeError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        if before is None:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)
 
 
 def split_once(split: Split, call: Callable[[], Any]) -> dict[str, float]:

@@ -43,7 +43,8 @@ def ceilings_table(
 
 def brief(part: str, row: Mapping[str, Any]) -> str:
     """A row in half a line."""
-    where = f"{part} {row['precision']} x {row['batch_size']}"
+    compiled = ", compiled" if row.get("compiled") else ""
+    where = f"{part} {row['precision']} x {row['batch_size']}{compiled}"
     if "median_seconds" not in row:
         return f"{where}: {row['status']}" + (f" ({row['reason']})" if "reason" in row else "")
     warning = "" if row["status"] == "ok" else f", {row['status']}"
@@ -54,7 +55,8 @@ def brief(part: str, row: Mapping[str, Any]) -> str:
 
 
 def _where(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"precision": row["precision"], "batch": row["batch_size"]}
+    where = {"precision": row["precision"], "batch": row["batch_size"]}
+    return where | ({"compiled": "yes"} if row.get("compiled") else {})
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     if row.get("peak_bytes") is not None:
         line["peak_MiB"] = round(row["peak_bytes"] / 2**20)
+    if "ids_changed" in row:
+        line["ids_changed_%"] = _round(100 * row["ids_changed"])
     for name in ("share_of_matmul", "share_of_copy"):
         if row.get(name) is not None:
             line[f"%_of_{name.rpartition('_')[2]}"] = _round(100 * row[name])

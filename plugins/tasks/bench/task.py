@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -10,7 +11,8 @@ from pydantic import Field, field_validator
 
 import sandbox
 
-from ..settings import autocast
+from ..encoding import coding_precisions
+from ..settings import Compile, autocast
 from .ceilings import copy, matrix_product
 from .clock import Clock, Precision, attempt
 from .counting import HOW, Work, work_of
@@ -41,6 +43,9 @@ class Bench:
         """Calls before, which are not timed."""
         profile: bool = False
         """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show."""
+        compile: Compile = "auto"
+        """Whether encoding, decoding and training are measured compiled too, at the largest batch
+        size: minutes, on a GPU, of compiling. `auto`: on a GPU."""
 
         @field_validator("batch_sizes")
         @classmethod
@@ -120,8 +125,9 @@ class Bench:
         else:
             absent |= dict.fromkeys(("generation", "training"), "the recipe names no generator")
         if run.settings("tokenizer"):
-            found["encoding"] = self._rows(run, "encoding", encoding, clock)
-            found["decoding"] = self._rows(run, "decoding", decoding, clock)
+            for part, measure in {"encoding": encoding, "decoding": decoding}.items():
+                precisions = self._coding_precisions(run.device)
+                found[part] = self._rows(run, part, measure, clock, precisions=precisions)
         else:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
@@ -183,12 +189,18 @@ class Bench:
         measure: Callable[[sandbox.Run, Clock, Setting], dict[str, Any]],
         clock: Clock,
         but: str = "",
+        precisions: tuple[str, ...] = (),
     ) -> list[dict[str, Any]]:
+        asked = [p for p in precisions or self._precisions(run.device) if p != but]
+        sizes = self._sizes(run.device)
+        chosen = [(p, size, False) for p in asked for size in sizes]
+        if part != "generation" and self._compiles(run.device):
+            chosen += [(p, max(sizes), True) for p in asked]
         rows = []
-        for precision in self._precisions(run.device):
-            for size in self._sizes(run.device) if precision != but else ():
-                rows.append(measure(run, clock, self._setting(run, precision, size)))
-                run.say(brief(part, rows[-1]))
+        for precision, size, compiled in chosen:
+            setting = replace(self._setting(run, precision, size), compiled=compiled)
+            rows.append(measure(run, clock, setting))
+            run.say(brief(part, rows[-1]))
         return rows
 
     def _setting(self, run: sandbox.Run, precision: Precision, size: int | None = None) -> Setting:
@@ -203,6 +215,20 @@ class Bench:
         auto = every if device.type == "cuda" else every[:1]
         asked = self.params.precision
         return tuple(p for p in every if p in asked or ("auto" in asked and p in auto))
+
+    def _coding_precisions(self, device: torch.device) -> tuple[str, ...]:
+        """Of encoder and decoder: those asked for and, with float32, TF32 where there is one."""
+        found = []
+        for precision in self._precisions(device):
+            found.append(precision)
+            if precision == "float32" and "tf32" in coding_precisions(device):
+                found.append("tf32")
+        return tuple(found)
+
+    def _compiles(self, device: torch.device) -> bool:
+        if self.params.compile == "auto":
+            return device.type == "cuda"
+        return self.params.compile == "on"
 
 
 def _environment(run: sandbox.Run) -> Mapping[str, Any]:

@@ -1,0 +1,74 @@
+"""Images to ids and back outside of a tokenizer's training: how precisely, and how fast.
+
+The one thing to hold in mind: the precision is that of encoder and decoder alone. A tokenizer keeps
+its lookups in exact float32 by itself (`sandbox.exact_float32`).
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import sandbox
+
+from .compiling import compiling
+from .loop import laid_out_for_speed
+from .replacing import replaced
+
+CodingPrecision = Literal["float32", "tf32", "bfloat16"]
+
+
+def coding_precisions(device: torch.device) -> tuple[CodingPrecision, ...]:
+    """Those that differ on this device, exact float32 first."""
+    tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("float32", "tf32", "bfloat16") if tf32 else ("float32", "bfloat16")
+
+
+def coding_precision(device: torch.device, asked: CodingPrecision) -> CodingPrecision:
+    """What is meant on this device: float32 where it has no TF32."""
+    return asked if asked in coding_precisions(device) else "float32"
+
+
+def coding(device: torch.device, precision: CodingPrecision) -> AbstractContextManager[Any]:
+    """Matrix products and convolutions in this precision, whatever it is outside."""
+    if precision == "float32":
+        return sandbox.exact_float32(device)
+    return _tf32(device) if precision == "tf32" else torch.autocast(device.type, torch.bfloat16)
+
+
+@contextmanager
+def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator[None]:
+    """Many batches of one size, within this context.
+
+    Where the tokenizer has an `autoencoder`, its convolutions lie in a GPU's fastest memory order;
+    `compiled`, its halves are built for that size. They round otherwise, as any other kernel does.
+    """
+    autoencoder = getattr(tokenizer, "autoencoder", None)
+    if not isinstance(autoencoder, nn.Module):
+        yield
+        return
+    with ExitStack() as stack:
+        stack.enter_context(laid_out_for_speed(autoencoder, device))
+        if compiled:
+            stack.enter_context(compiling())
+            for name in ("encode", "decode"):
+                built = torch.compile(getattr(autoencoder, name), dynamic=False)
+                stack.enter_context(replaced(autoencoder, name, built))
+        yield
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    backends: Any = torch.backends  # torch leaves these switches untyped
+    switches = backends.cuda.matmul, backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value

@@ -1,0 +1,163 @@
+"""Precisions of encoders: what is computed in them, what they leave, and that caches tell them."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sandbox
+from sandbox import Batch
+from sandbox_plugins.autoencoders import CNN
+from sandbox_plugins.tasks import cache
+from sandbox_plugins.tasks.cache import cached
+from sandbox_plugins.tasks.encoding import coding, coding_precision, coding_precisions, in_bulk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+
+
+class Tokenizer(nn.Module):
+    """The signs of an autoencoder's features; `precision` is what it was last called in."""
+
+    vocab_size, image_size = 2, (8, 8)
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        params = CNN.Params(ch=32, ch_mult=(1, 2), num_res_blocks=1, code_dim=1)
+        self.autoencoder, self.called = CNN(params), []
+
+    @torch.no_grad()
+    def features(self, images):
+        features = self.autoencoder.encode(images)
+        self.called.append((len(images), features.dtype))
+        return features.float()
+
+    def encode(self, images):
+        return (self.features(images) > 0).long().flatten(1)
+
+
+class Noise:
+    num_classes, class_names, image_size = 2, (), (8, 8)
+
+    def __init__(self, size):
+        self.images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def size(self, split):
+        return len(self.images)
+
+    def batch(self, split, indices, rng):
+        return Batch(self.images[indices], indices % 2)
+
+
+@pytest.fixture
+def run(tmp_path):
+    tokenizer = Tokenizer().eval()
+    return SimpleNamespace(
+        folder=tmp_path,
+        device=CPU,
+        dataset=Noise(10),
+        tokenizer=tokenizer,
+        generator=SimpleNamespace(prepare=tokenizer.encode),
+        settings=lambda slot: {"name": slot},
+        say=lambda text: None,
+    )
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_precision_holds_whatever_it_is_outside(run, outside):
+    with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        for precision in coding_precisions(CPU):
+            with coding(CPU, precision):
+                run.tokenizer.encode(run.dataset.images)
+        assert torch.is_autocast_enabled("cpu") == outside
+    assert [dtype for _, dtype in run.tokenizer.called] == [torch.float32, torch.bfloat16]
+
+
+def test_tf32_means_float32_where_there_is_none():
+    asked = ("float32", "tf32", "bfloat16")
+    assert [coding_precision(CPU, p) for p in asked] == ["float32", "float32", "bfloat16"]
+
+
+def test_a_cache_is_named_after_the_precision_that_made_it(run):
+    for asked in ("float32", "tf32", "bfloat16"):
+        prepared = cached(run, "train", 4, 1, None, asked)
+        with coding(CPU, coding_precision(CPU, asked)):
+            assert torch.equal(prepared.examples.long(), run.tokenizer.encode(run.dataset.images))
+    names = {path.name.rpartition("-")[0] for path in (run.folder / "cache").iterdir()}
+    assert names == {"train-float32", "train-bfloat16"}
+    *_, (_, dtype) = run.tokenizer.called
+    assert dtype == torch.bfloat16
+
+
+def test_a_cache_is_written_in_batches_of_a_size_that_fits(run, monkeypatch):
+    monkeypatch.setattr(cache, "_BATCH_SIZE", 4)
+    cached(run, "train", 100, 1, None)
+    named_by, *written = [size for size, _ in run.tokenizer.called]
+    assert (named_by, written) == (1, [4, 4, 2])
+
+
+def test_features_are_cached_in_the_same_ways_as_they_are(run, monkeypatch):
+    run.generator.prepare = run.tokenizer.features
+    monkeypatch.setattr(cache, "_BATCH_SIZE", 4)
+    found = {asked: cached(run, "train", 4, 1, None, asked) for asked in ("float32", "bfloat16")}
+    for asked, prepared in found.items():
+        with coding(CPU, asked):
+            pieces = [run.tokenizer.features(x) for x in run.dataset.images.split(4)]
+        assert torch.equal(prepared.examples, torch.cat(pieces))
+    assert not torch.equal(*(prepared.examples for prepared in found.values()))
+
+
+def test_in_bulk_ids_are_the_same_and_the_tokenizer_is_left_as_it_was(run, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    plain, before = run.tokenizer.encode(run.dataset.images), set(vars(run.tokenizer.autoencoder))
+    for compiled in (False, True):
+        with in_bulk(run.tokenizer, CPU, compiled=compiled):
+            assert ("encode" in vars(run.tokenizer.autoencoder)) == compiled
+            assert torch.equal(run.tokenizer.encode(run.dataset.images), plain)
+        assert set(vars(run.tokenizer.autoencoder)) == before
+    with in_bulk(object(), CPU, compiled=True):
+        pass
+
+
+@pytest.fixture
+def there(run):
+    """The same on a GPU."""
+    run.device = torch.device("cuda")
+    run.tokenizer.to(run.device)
+    return run
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_on_a_gpu_decoding_in_bulk_is_decoding(there, compiled, precision):
+    decode = there.tokenizer.autoencoder.decode
+    features = torch.randn(4, 1, 8, 8, device=there.device)
+    switch = torch.backends.cuda.matmul.fp32_precision
+    with torch.no_grad():
+        with sandbox.exact_float32(there.device):
+            exact = decode(features)
+        bulk = in_bulk(there.tokenizer, there.device, compiled=compiled)
+        with bulk, coding(there.device, precision):
+            made = there.tokenizer.autoencoder.decode(features).float()
+    share = {"float32": 1e-4, "tf32": 5e-3, "bfloat16": 5e-2}[precision]
+    assert (made - exact).norm() < share * exact.norm()
+    assert torch.backends.cuda.matmul.fp32_precision == switch
+    assert all(p.is_contiguous() for p in there.tokenizer.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+def test_on_a_gpu_what_is_compiled_caches_the_ids_of_what_is_not(there, monkeypatch):
+    plain = cached(there, "train", 4, 1, None, "float32").examples.clone()
+    monkeypatch.setattr(cache, "_NUM_COMPILED", 1)
+    there.folder = there.folder / "compiled"
+    for precision in ("float32", "tf32", "bfloat16"):
+        found = cached(there, "train", 4, 1, None, precision).examples
+        assert found.dtype == torch.int16 and found.shape == plain.shape
+        assert (found != plain).float().mean() < (0.1 if precision == "bfloat16" else 0.02)
