@@ -4,14 +4,14 @@ The one idea to hold: it joins a frozen tokenizer, a backbone, a sampler and an 
 asks which layout they share, so VAR and raster-scan prediction are both this class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +37,18 @@ class Autoregressive:
         token_noise: float = Field(0.0, ge=0, lt=1)
         """Share of the ids the network reads in training that are drawn at random instead; what it
         is to predict stays. It learns to go on from mistakes, its own ones when sampling."""
+        fast: Literal["auto", "on", "off"] = "auto"
+        """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
+        precision) that comes again is recorded as one CUDA graph, decoder included, and replayed:
+        the same images, sooner. `on`: recorded at the first call, and the network's kernels are
+        built for it, on a CPU too: up to a minute where they were never built before, and the last
+        digits differ. Edits and calls that are watched step by step are never replayed."""
+
+        @field_validator("fast", mode="before")
+        @classmethod
+        def _words(cls, value: Any) -> Any:
+            """YAML reads a plain on or off as true or false."""
+            return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -56,6 +68,8 @@ class Autoregressive:
         )
         self.network: nn.Module = self.backbone
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
+        self.fast = params.fast
+        self._recordings = sandbox.Recordings()
         self._shares: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
@@ -103,7 +117,11 @@ class Autoregressive:
         self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None
     ) -> Float[Tensor, "b 3 h w"]:
         """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
-        return self._sample(labels, rng, watch=watch)
+        if watch is not None or self.fast == "off" or labels.device.type != "cuda":
+            return self._sample(labels, rng, watch=watch)
+        return self._recordings.run(
+            self._sample, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
+        )
 
     def edit(
         self,
@@ -125,7 +143,7 @@ class Autoregressive:
     def _sample(
         self, labels: Int[Tensor, " b"], rng: torch.Generator, **wishes: Any
     ) -> Float[Tensor, "b 3 h w"]:
-        with _evaluating(self.backbone):
+        with _evaluating(self.backbone), self._fused():
             sampled = sandbox.sample(
                 self.tokenizer,
                 self.backbone,
@@ -136,6 +154,30 @@ class Autoregressive:
                 **wishes,
             )
         return self.tokenizer.render(sampled.canvas)
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Let the backbone run compiled kernels, where that is wanted and it has any."""
+        if self.fast != "on" or not hasattr(self.backbone, "fused"):
+            yield
+            return
+        self.backbone.fused = True
+        try:
+            with sandbox.compiling():
+                yield
+        finally:
+            self.backbone.fused = False
+
+    def _kind(self, labels: Int[Tensor, " b"]) -> Hashable:
+        """All that a recorded call depends on besides labels, randomness and the weights' values."""
+        kind, backends = labels.device.type, torch.backends
+        return (
+            (labels.shape, labels.dtype, labels.device),
+            (self.fast, id(self.sampler)),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
+            sandbox.places((self.backbone, self.tokenizer)),
+        )
 
 
 def keep_cells(layout: Layout, mask: Float[Tensor, "b h w"]) -> Bool[Tensor, "b l"]:

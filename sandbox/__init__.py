@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "compiler": ["compiling"],
     "distributed": ["agree", "all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
     "errors": ["RunError", "SandboxError"],
     "hooks": ["Register", "hookimpl"],
@@ -42,6 +43,7 @@ _HOME = {
     "pictures": ["to_rgb"],
     "precision": ["exact_float32"],
     "provenance": ["device_name", "memory_bytes"],
+    "replay": ["NotRecorded", "Recordings", "places"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],

@@ -149,7 +149,11 @@ class AttentionBackend(Protocol):
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Contexts and labels to logits; an `nn.Module`. Built as `Class(params, tokens)`."""
+    """Contexts and labels to logits; an `nn.Module`. Built as `Class(params, tokens)`.
+
+    It may also have `fused`, False at first: whether `step` may run kernels compiled for it, whose
+    results differ in the last digits. It is set before `begin` and stays until the last step.
+    """
 
     def forward(
         self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"]
