@@ -6,6 +6,7 @@ asks which layout they share, so VAR and raster-scan prediction are both this cl
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -119,8 +120,9 @@ class Autoregressive:
         """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
         if watch is not None or self.fast == "off" or labels.device.type != "cuda":
             return self._sample(labels, rng, watch=watch)
+        drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
-            self._sample, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
+            drawn, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
         )
 
     def edit(
@@ -141,13 +143,17 @@ class Autoregressive:
 
     @torch.no_grad()
     def _sample(
-        self, labels: Int[Tensor, " b"], rng: torch.Generator, **wishes: Any
+        self,
+        labels: Int[Tensor, " b"],
+        rng: torch.Generator,
+        sampler: sandbox.Sampler | None = None,
+        **wishes: Any,
     ) -> Float[Tensor, "b 3 h w"]:
         with _evaluating(self.backbone), self._fused():
             sampled = sandbox.sample(
                 self.tokenizer,
                 self.backbone,
-                self.sampler,
+                sampler or self.sampler,
                 labels,
                 rng,
                 no_label=self.num_classes,
@@ -169,7 +175,7 @@ class Autoregressive:
             self.backbone.fused = False
 
     def _kind(self, labels: Int[Tensor, " b"]) -> Hashable:
-        """All that a recorded call depends on besides labels, randomness and the weights' values."""
+        """What a recorded call depends on besides labels, randomness and the weights' values."""
         kind, backends = labels.device.type, torch.backends
         return (
             (labels.shape, labels.dtype, labels.device),

@@ -115,6 +115,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
     )
+    sub.add_argument("--fast", metavar="MODE,...", help="off, auto, on: how generation is measured")
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
     sub.add_argument("--profile", action="store_true", help="keep a Chrome trace of one generation")
 
@@ -208,6 +209,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     asked = {
         "batch_sizes": _words(arguments.batch_sizes),
         "precision": _words(arguments.precision),
+        "fast": _words(arguments.fast),
         "repeats": arguments.repeats,
         "profile": arguments.profile or None,
     }

@@ -37,7 +37,7 @@ class Recording:
         compute: Computation,
         inputs: Tensor,
         rng: torch.Generator,
-        pool: tuple[int, int] | None = None,
+        pool: Any = None,
     ) -> None:
         self.compute = compute  # kept, so that the ids of what it refers to stay taken
         device = inputs.device
@@ -47,17 +47,18 @@ class Recording:
         self._rng.set_state(rng.get_state())
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(self._rng)
-        with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+        cuda: Any = torch.cuda  # torch leaves streams untyped
+        with cuda.device(device):
+            stream = cuda.Stream()
+            stream.wait_stream(cuda.current_stream())
+            with cuda.stream(stream):
                 compute(self._inputs, self._rng)
                 with _refusing_to_wait():
                     compute(self._inputs, self._rng)
-            torch.cuda.current_stream().wait_stream(stream)
+            cuda.current_stream().wait_stream(stream)
             self._output = self._record(stream, pool)
 
-    def _record(self, stream: torch.cuda.Stream, pool: tuple[int, int] | None) -> Tensor:
+    def _record(self, stream: Any, pool: Any) -> Tensor:
         # What autocast remembers must be neither read by the graph nor left behind by it.
         torch.clear_autocast_cache()
         recorder = torch.cuda.graph(

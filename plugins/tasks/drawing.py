@@ -7,7 +7,7 @@ replaced in a finished generator, and is put back afterwards.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -16,6 +16,8 @@ from torch import Tensor
 
 import sandbox
 from sandbox import Part
+
+Fast = Literal["auto", "on", "off"]
 
 BEST = "sampler.json"
 """What the task `tune-sampler` leaves in its folder: the best setting found."""
@@ -66,6 +68,20 @@ def drawing_with(run: sandbox.Run, part: Part[sandbox.Sampler] | None) -> Iterat
         yield
     finally:
         made.sampler = own
+
+
+@contextmanager
+def drawing_fast(run: sandbox.Run, fast: Fast) -> Iterator[None]:
+    """Let the run's generator draw as its setting `fast` says; one without it, as it does."""
+    made: Any = run.generator
+    if not hasattr(made, "fast"):
+        yield
+        return
+    own, made.fast = made.fast, fast
+    try:
+        yield
+    finally:
+        made.fast = own
 
 
 def best_sampler(run: sandbox.Run) -> Part[sandbox.Sampler]:

@@ -1,6 +1,8 @@
 """One row a measurement: a part, at a batch size, in a precision."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import sandbox
 
+from ..drawing import Fast, drawing_fast
 from ..loop import laid_out_for_speed
 from ..settings import Training, autocast
 from ..upkeep import optimizer_of
@@ -27,12 +30,14 @@ class Setting:
     batch_size: int
     repeats: int
     warmup: int
+    fast: Fast | None = None
+    """How a generator draws; None of one that has no such setting, and of other parts."""
 
 
 def generation(
     run: sandbox.Run, clock: Clock, setting: Setting, split: Split, work: Work | None
 ) -> dict[str, Any]:
-    """Whole generations, then as many again with their parts timed."""
+    """Whole generations, then (with `fast` off) as many again with their parts timed."""
     size = setting.batch_size
     labels = torch.arange(size, device=run.device) % run.num_classes
     made: list[Tensor] = []
@@ -42,14 +47,19 @@ def generation(
             made[:] = [run.generator.generate(labels, run.rng("generate"))]
 
     def measure() -> dict[str, Any]:
-        found = _timed(clock, call, setting)
-        split_once(split, call)  # what is set up at the first such call
-        splits = [split_once(split, call) for _ in range(setting.repeats)]
+        known = forget_peak(clock.device)
+        (first,) = clock.time(call, 1)
+        found = {"first_seconds": first, **_timed(clock, call, setting, fresh=False)}
+        found["peak_bytes"] = peak_bytes(clock.device) if known else None
+        if setting.fast in (None, "off"):  # a recorded generation has no parts
+            split_once(split, call)  # what is set up at the first such call
+            found["splits"] = [split_once(split, call) for _ in range(setting.repeats)]
         if not made[0].isfinite().all():
             found["status"] = "not finite"
-        return found | {"splits": splits} | shares(found["median_seconds"], size, work)
+        return found | shares(found["median_seconds"], size, work)
 
-    return _row(setting, measure)
+    with drawing_fast(run, setting.fast or "off"), _refusing_the_plain_path():
+        return _row(setting, measure)
 
 
 def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
@@ -155,14 +165,27 @@ def _quietly(
 
 
 def _row(setting: Setting, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Any part must work in float32; another precision it may refuse."""
-    where = {"precision": setting.precision, "batch_size": setting.batch_size}
-    return {**where, **attempt(measure, strict=setting.precision == "float32")}
+    """Any part must work plainly in float32; another precision, or to be fast, it may refuse."""
+    where: dict[str, Any] = {"precision": setting.precision, "batch_size": setting.batch_size}
+    if setting.fast is not None:
+        where["fast"] = setting.fast
+    strict = setting.precision == "float32" and setting.fast in (None, "off")
+    return {**where, **attempt(measure, strict=strict)}
 
 
-def _timed(clock: Clock, call: Callable[[], Any], setting: Setting) -> dict[str, Any]:
-    """Seconds, their spread, what follows from them, and the peak of memory."""
-    known = forget_peak(clock.device)
+@contextmanager
+def _refusing_the_plain_path() -> Iterator[None]:
+    """What cannot be recorded is refused: as slow as the plain row, it would pass for fast."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sandbox.NotRecorded)
+        yield
+
+
+def _timed(
+    clock: Clock, call: Callable[[], Any], setting: Setting, *, fresh: bool = True
+) -> dict[str, Any]:
+    """Seconds, their spread, what follows from them, and (`fresh`) the peak of memory."""
+    known = fresh and forget_peak(clock.device)
     clock.time(call, setting.warmup)
     seconds = clock.time(call, setting.repeats)
     found = spread(seconds)

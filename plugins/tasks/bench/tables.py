@@ -43,7 +43,8 @@ def ceilings_table(
 
 def brief(part: str, row: Mapping[str, Any]) -> str:
     """A row in half a line."""
-    where = f"{part} {row['precision']} x {row['batch_size']}"
+    mode = "" if row.get("fast", "off") == "off" else f" (fast: {row['fast']})"
+    where = f"{part} {row['precision']} x {row['batch_size']}{mode}"
     if "median_seconds" not in row:
         return f"{where}: {row['status']}" + (f" ({row['reason']})" if "reason" in row else "")
     warning = "" if row["status"] == "ok" else f", {row['status']}"
@@ -54,7 +55,8 @@ def brief(part: str, row: Mapping[str, Any]) -> str:
 
 
 def _where(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"precision": row["precision"], "batch": row["batch_size"]}
+    where = {"precision": row["precision"], "batch": row["batch_size"]}
+    return where | ({"fast": row["fast"]} if "fast" in row else {})
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,10 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "ms_per_image": _round(row["ms_per_image"]),
         "images_per_sec": _round(row["images_per_second"]),
     }
+    if "first_seconds" in row:
+        line["first_sec"] = _round(row["first_seconds"])
+    if "times_as_fast" in row:
+        line["times_as_fast"] = _round(row["times_as_fast"])
     if row.get("peak_bytes") is not None:
         line["peak_MiB"] = round(row["peak_bytes"] / 2**20)
     for name in ("share_of_matmul", "share_of_copy"):

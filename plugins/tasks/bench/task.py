@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 import sandbox
 
+from ..drawing import Fast, drawing_fast
 from ..settings import autocast
 from .ceilings import copy, matrix_product
 from .clock import Clock, Precision, attempt
@@ -35,6 +36,9 @@ class Bench:
         """Images at a time; when absent 1, 8 and 64, on a CPU 1 and 8."""
         precision: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = ("auto",)
         """Of the matrix work. `auto`: float32, on a GPU bfloat16 and float16 too."""
+        fast: tuple[Fast, ...] | None = None
+        """How generation is measured: the generator's setting `fast`, one after the other. When
+        absent off and on, on a CPU off alone."""
         repeats: int = Field(5, ge=1)
         """Timed calls of everything; the median and the quartiles are told."""
         warmup: int = Field(2, ge=1)
@@ -50,6 +54,15 @@ class Bench:
             if min(sizes, default=0) < 1:
                 raise ValueError("expected sizes from 1 up, as in 1,8,64")
             return tuple(dict.fromkeys(sizes))
+
+        @field_validator("fast", mode="before")
+        @classmethod
+        def _words(cls, asked: Any) -> Any:
+            """YAML reads a plain on or off as true or false."""
+            words = {True: "on", False: "off"}
+            if not isinstance(asked, list | tuple):
+                return asked
+            return [words[each] if isinstance(each, bool) else each for each in asked]
 
         @field_validator("precision")
         @classmethod
@@ -126,7 +139,8 @@ class Bench:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
             if self.params.profile:
-                setting = self._setting(run, self._precisions(run.device)[0])
+                fast = self._modes(run)[-1]
+                setting = self._setting(run, self._precisions(run.device)[0], fast=fast)
                 kept = attempt(lambda: _keep_trace(run, setting))
                 if kept["status"] != "ok":
                     absent["profile"] = kept.get("reason", kept["status"])
@@ -159,7 +173,9 @@ class Bench:
         def row(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
             return generation(run, clock, setting, split, works[setting.precision])
 
-        return self._rows(run, "generation", row, clock)
+        rows = self._rows(run, "generation", row, clock)
+        _add_ratios(rows)
+        return rows
 
     def _training(
         self, run: sandbox.Run, clock: Clock, absent: dict[str, str]
@@ -187,13 +203,27 @@ class Bench:
         rows = []
         for precision in self._precisions(run.device):
             for size in self._sizes(run.device) if precision != but else ():
-                rows.append(measure(run, clock, self._setting(run, precision, size)))
-                run.say(brief(part, rows[-1]))
+                for fast in self._modes(run) if part == "generation" else (None,):
+                    setting = self._setting(run, precision, size, fast)
+                    rows.append(measure(run, clock, setting))
+                    run.say(brief(part, rows[-1]))
         return rows
 
-    def _setting(self, run: sandbox.Run, precision: Precision, size: int | None = None) -> Setting:
+    def _setting(
+        self,
+        run: sandbox.Run,
+        precision: Precision,
+        size: int | None = None,
+        fast: Fast | None = None,
+    ) -> Setting:
         size = size or min(self._sizes(run.device))
-        return Setting(precision, size, self.params.repeats, self.params.warmup)
+        return Setting(precision, size, self.params.repeats, self.params.warmup, fast)
+
+    def _modes(self, run: sandbox.Run) -> tuple[Fast | None, ...]:
+        if not hasattr(run.generator, "fast"):
+            return (None,)
+        every: tuple[Fast, ...] = ("off", "on") if run.device.type == "cuda" else ("off",)
+        return every if self.params.fast is None else tuple(dict.fromkeys(self.params.fast))
 
     def _sizes(self, device: torch.device) -> tuple[int, ...]:
         return self.params.batch_sizes or ((1, 8, 64) if device.type == "cuda" else (1, 8))
@@ -229,16 +259,30 @@ def _add_shares(
                 row["share_of_copy"] = rate / copied
 
 
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast a row is as the plain one beside it."""
+    plain = {
+        (row["precision"], row["batch_size"]): row.get("median_seconds")
+        for row in rows
+        if row.get("fast") == "off"
+    }
+    for row in rows:
+        before = plain.get((row["precision"], row["batch_size"]))
+        if row.get("fast", "off") != "off" and before and "median_seconds" in row:
+            row["times_as_fast"] = before / row["median_seconds"]
+
+
 def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
     """One generation as a Chrome trace."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
-    with torch.profiler.profile(activities=activities) as profile:
-        with autocast(run.device, setting.precision):
+    with drawing_fast(run, setting.fast or "off"), autocast(run.device, setting.precision):
+        run.generator.generate(labels, run.rng("warm-up"))
+        with torch.profiler.profile(activities=activities) as profile:
             run.generator.generate(labels, run.rng("profile"))
-        Clock(run.device).settle()
+            Clock(run.device).settle()
     with sandbox.atomic(run.folder / TRACE) as draft:
         profile.export_chrome_trace(str(draft))
     return {}
