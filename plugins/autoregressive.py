@@ -40,10 +40,10 @@ class Autoregressive:
         is to predict stays. It learns to go on from mistakes, its own ones when sampling."""
         fast: Literal["auto", "on", "off"] = "auto"
         """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
-        precision) that comes again is recorded as one CUDA graph, decoder included, and replayed:
-        the same images, sooner. `on`: recorded at the first call, and the network's kernels are
-        built for it, on a CPU too: up to a minute where they were never built before, and the last
-        digits differ. Edits and calls that are watched step by step are never replayed."""
+        precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
+        replayed: the same images, sooner. `on`: recorded at the first call, and the network's
+        kernels are built for it, on a CPU too: about a minute where they were never built before,
+        and the last digits differ. Edits, and what is watched step by step, are not replayed."""
 
         @field_validator("fast", mode="before")
         @classmethod

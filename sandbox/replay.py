@@ -51,11 +51,13 @@ class Recording:
         with cuda.device(device):
             stream = cuda.Stream()
             stream.wait_stream(cuda.current_stream())
-            with cuda.stream(stream):
-                compute(self._inputs, self._rng)
-                with _refusing_to_wait():
+            try:
+                with cuda.stream(stream):
                     compute(self._inputs, self._rng)
-            cuda.current_stream().wait_stream(stream)
+                    with _refusing_to_wait():
+                        compute(self._inputs, self._rng)
+            finally:
+                cuda.current_stream().wait_stream(stream)
             self._output = self._record(stream, pool)
 
     def _record(self, stream: Any, pool: Any) -> Tensor:
@@ -64,8 +66,10 @@ class Recording:
         recorder = torch.cuda.graph(
             self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         )
+        cuda: Any = torch.cuda
         try:
-            with recorder:
+            # A recording that breaks leaves its own stream the current one.
+            with cuda.stream(cuda.current_stream()), recorder:
                 return self.compute(self._inputs, self._rng)
         except BaseException:
             with suppress(RuntimeError):
@@ -86,12 +90,13 @@ class Recording:
 class Recordings:
     """The recordings of a computation, one for each kind of call, the latest `kept` of them.
 
-    They share their memory, so that all together need what the largest needs.
+    Recording takes the time of about three calls, so a kind of call comes `patience` times before
+    it is recorded. Recordings share their memory: all together need what the largest needs.
     """
 
-    def __init__(self, kept: int = 8) -> None:
-        self.kept = kept
-        self._calls: OrderedDict[Hashable, Computation | None] = OrderedDict()
+    def __init__(self, kept: int = 8, patience: int = 3) -> None:
+        self.kept, self.patience = kept, patience
+        self._calls: OrderedDict[Hashable, Computation | int] = OrderedDict()
 
     def run(
         self,
@@ -102,19 +107,19 @@ class Recordings:
         key: Hashable,
         at_once: bool,
     ) -> Tensor:
-        """`compute(inputs, rng)`, replayed where a call with this key came before.
+        """`compute(inputs, rng)`, replayed where calls with this key came before.
 
         The first call of a kind is recorded only where `at_once` says so. What cannot be recorded
         runs as it is, now and when it comes again, which a warning (`NotRecorded`) tells.
         """
-        met = key in self._calls
-        call = self._calls.pop(key, None)
-        if call is None and (met or at_once):
-            call = self._recorded(compute, inputs, rng)
+        call = self._calls.pop(key, 0)
+        if isinstance(call, int):
+            ripe = at_once or call >= self.patience
+            call = self._recorded(compute, inputs, rng) if ripe else call + 1
         self._calls[key] = call
         while len(self._calls) > self.kept:
             self._calls.popitem(last=False)
-        return (call or compute)(inputs, rng)
+        return (compute if isinstance(call, int) else call)(inputs, rng)
 
     def _recorded(self, compute: Computation, inputs: Tensor, rng: torch.Generator) -> Computation:
         others = (call for call in self._calls.values() if isinstance(call, Recording))

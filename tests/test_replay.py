@@ -43,9 +43,14 @@ def double(inputs, rng):
 
 
 def test_a_kind_of_call_is_recorded_when_it_comes_again(pretended):
-    recordings = Recordings()
+    recordings = Recordings(patience=1)
     assert [call(recordings, n) for n in (2, 3, 2, 2, 3)] == [2, 2, -2, -2, -2]
     assert pretended == [2, 3]
+
+
+def test_recording_waits_until_it_may_pay(pretended):
+    recordings = Recordings()
+    assert [call(recordings, 2) for _ in range(5)] == [2, 2, 2, -2, -2]
 
 
 def test_a_call_is_recorded_at_once_where_that_is_asked_for(pretended):
@@ -60,7 +65,7 @@ def test_the_latest_recordings_are_kept(pretended):
 
 
 def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(pretended):
-    recordings = Recordings()
+    recordings = Recordings(patience=1)
     call(recordings, 9)
     with pytest.warns(NotRecorded, match="RuntimeError: waits for the device"):
         assert call(recordings, 9) == 2

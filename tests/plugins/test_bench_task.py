@@ -1,5 +1,6 @@
 """The task `bench` from within: what timing leaves alone, how spread and state are counted."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -131,4 +132,6 @@ def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
     (tmp_path / "tiny.run").mkdir()
     run = sandbox.load(tmp_path / "tiny.yaml")
     Bench(Bench.Params(batch_sizes=(2,), repeats=1, profile=True)).run(run)
-    assert (tmp_path / "tiny.run/bench.json").exists()
+    found = json.loads((tmp_path / "tiny.run/bench.json").read_text())["generation"]
+    assert [row["fast"] for row in found] == ["off", "on"] * 3
+    assert all(row["status"] == "ok" for row in found)
