@@ -71,6 +71,8 @@ class Autoregressive:
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
         self.fast = params.fast
         self._recordings = sandbox.Recordings()
+        parts = [self.backbone, self.tokenizer]
+        self._modules = [m for p in parts if isinstance(p, nn.Module) for m in p.modules()]
         self._shares: dict[torch.device, Tensor] = {}
 
     @torch.no_grad()
@@ -182,7 +184,7 @@ class Autoregressive:
             (self.fast, id(self.sampler)),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
-            sandbox.places((self.backbone, self.tokenizer)),
+            sandbox.places(self._modules),
         )
 
 

@@ -190,7 +190,11 @@ class Sampler(Protocol):
 
 @runtime_checkable
 class Generator(Protocol):
-    """What is trained and sampled from. Built as `Class(params, subject)`."""
+    """What is trained and sampled from. Built as `Class(params, subject)`.
+
+    It may also have `fast`, one of `off`, `auto` and `on`, which may be set at any time: whether
+    `generate` may be replayed as recorded, and with `on` run kernels compiled for it.
+    """
 
     network: nn.Module
     """What the optimiser trains and a checkpoint keeps."""

@@ -10,7 +10,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import chain
 from typing import Any
 
 import torch
@@ -136,11 +135,18 @@ class Recordings:
             return compute
 
 
-def places(modules: Iterable[Any]) -> tuple[Hashable, ...]:
-    """Where the parameters and buffers of those that are modules lie, and in which order."""
-    found = (m for m in modules if isinstance(m, nn.Module))
-    tensors = chain.from_iterable(chain(m.parameters(), m.buffers()) for m in found)
-    return tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
+def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
+    """Where the modules' own parameters and buffers lie; those within them are to be named too.
+
+    Read before every replay, while the device waits, hence not by way of `parameters()`.
+    """
+    return tuple(
+        (tensor.data_ptr(), tensor.stride())
+        for module in modules
+        for own in (module._parameters, module._buffers)
+        for tensor in own.values()
+        if tensor is not None
+    )
 
 
 @contextmanager
