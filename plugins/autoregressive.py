@@ -4,7 +4,7 @@ The one idea to hold: it joins a frozen tokenizer, a backbone, a sampler and an 
 asks which layout they share, so VAR and raster-scan prediction are both this class.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,6 +47,12 @@ class Autoregressive:
         the network reads in training; how much is drawn for each image. It is to predict the right
         ids of what that leaves over: later scales learn to repair mistakes in earlier ones
         (Infinity, arXiv 2412.04431). It then learns from features, which it keeps in the cache."""
+        fast: sandbox.Switch = "auto"
+        """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
+        precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
+        replayed: the same images, sooner. `on`: recorded at the first call, and the network's
+        kernels are built for it, on a CPU too: about a minute where they were never built before,
+        and the last digits differ. Edits, and what is watched step by step, are not replayed."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -71,6 +77,10 @@ class Autoregressive:
         )
         self.network: nn.Module = self.backbone
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
+        self.fast = params.fast
+        self._recordings = sandbox.Recordings()
+        parts = [self.backbone, self.tokenizer]
+        self._modules = [m for p in parts if isinstance(p, nn.Module) for m in p.modules()]
         self._shares: dict[torch.device, Tensor] = {}
         self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
 
@@ -172,7 +182,12 @@ class Autoregressive:
         self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None
     ) -> Float[Tensor, "b 3 h w"]:
         """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
-        return self._sample(labels, rng, watch=watch)
+        if watch is not None or self.fast == "off" or labels.device.type != "cuda":
+            return self._sample(labels, rng, watch=watch)
+        drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
+        return self._recordings.run(
+            drawn, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
+        )
 
     def edit(
         self,
@@ -192,19 +207,47 @@ class Autoregressive:
 
     @torch.no_grad()
     def _sample(
-        self, labels: Int[Tensor, " b"], rng: torch.Generator, **wishes: Any
+        self,
+        labels: Int[Tensor, " b"],
+        rng: torch.Generator,
+        sampler: sandbox.Sampler | None = None,
+        **wishes: Any,
     ) -> Float[Tensor, "b 3 h w"]:
-        with _evaluating(self.backbone):
+        with _evaluating(self.backbone), self._fused():
             sampled = sandbox.sample(
                 self.tokenizer,
                 self.backbone,
-                self.sampler,
+                sampler or self.sampler,
                 labels,
                 rng,
                 no_label=self.num_classes,
                 **wishes,
             )
         return self.tokenizer.render(sampled.canvas)
+
+    @contextmanager
+    def _fused(self) -> Iterator[None]:
+        """Let the backbone run compiled kernels, where that is wanted and it has any."""
+        if self.fast != "on" or not hasattr(self.backbone, "fused"):
+            yield
+            return
+        self.backbone.fused = True
+        try:
+            with sandbox.compiling():
+                yield
+        finally:
+            self.backbone.fused = False
+
+    def _kind(self, labels: Int[Tensor, " b"]) -> Hashable:
+        """What a recorded call depends on besides labels, randomness and the weights' values."""
+        kind, backends = labels.device.type, torch.backends
+        return (
+            (labels.shape, labels.dtype, labels.device),
+            (self.fast, id(self.sampler)),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
+            sandbox.places(self._modules),
+        )
 
 
 def keep_cells(layout: Layout, mask: Float[Tensor, "b h w"]) -> Bool[Tensor, "b l"]:

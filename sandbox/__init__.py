@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "compiler": ["compiling"],
     "distributed": ["agree", "all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
     "errors": ["RunError", "SandboxError"],
     "hooks": ["Register", "hookimpl"],
@@ -39,10 +40,11 @@ _HOME = {
     ],
     "loading": ["ahead", "stream", "sweep", "to_device"],
     "notebook": ["export", "load"],
-    "parts": ["Params", "Part"],
+    "parts": ["Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
     "precision": ["exact_float32"],
     "provenance": ["device_name", "memory_bytes"],
+    "replay": ["NotRecorded", "Recordings", "places"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],

@@ -115,10 +115,9 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
     )
+    sub.add_argument("--fast", metavar="MODE,...", help="off, auto, on: how generation is measured")
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
-    sub.add_argument(
-        "--compile", metavar="WHEN", help="on, off, auto: also measure what is compiled"
-    )
+    sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: what is compiled, too")
     sub.add_argument("--profile", action="store_true", help="keep a Chrome trace of one generation")
 
 
@@ -211,6 +210,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     asked = {
         "batch_sizes": _words(arguments.batch_sizes),
         "precision": _words(arguments.precision),
+        "fast": _words(arguments.fast),
         "repeats": arguments.repeats,
         "compile": arguments.compile,
         "profile": arguments.profile or None,

@@ -168,6 +168,9 @@ class Backbone(Protocol):
     them all at once: `features(contexts, labels)` gives a tuple of tensors whose first axis is b,
     and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
     backbone compiles what is slow in `features`.
+
+    It may also have `fused`, False at first: whether `step` may run kernels compiled for it, whose
+    results differ in the last digits. It is set before `begin` and stays until the last step.
     """
 
     def forward(
@@ -209,6 +212,9 @@ class Generator(Protocol):
 
     It may also have `compile() -> None`, called before a training that is to be compiled; without
     it, the network's own is.
+
+    It may also have `fast`, one of `off`, `auto` and `on`, which may be set at any time: whether
+    `generate` may be replayed as recorded, and with `on` run kernels compiled for it.
     """
 
     network: nn.Module

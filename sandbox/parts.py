@@ -5,10 +5,11 @@ sampler "top-k-top-p" checks the rest of the mapping against its own `Params`, s
 anywhere, a plugin's own params included.
 """
 
-from typing import Any, Generic, Self, TypeVar, get_args
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     GetCoreSchemaHandler,
     ModelWrapValidatorHandler,
@@ -20,6 +21,15 @@ from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
 from sandbox.errors import did_you_mean
 
 T = TypeVar("T")
+
+
+def _word(value: Any) -> Any:
+    """YAML reads a plain on or off as true or false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
+"""A setting that by itself is on where that is worth while."""
 
 
 class Params(BaseModel):

@@ -18,7 +18,7 @@ TESTKIT = sorted((ROOT / "sandbox" / "testing").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeds", "layout", "pictures", "distributed", "precision"},
+    {"errors", "seeds", "layout", "pictures", "distributed", "precision", "compiler", "replay"},
     {"values", "parts", "hooks"},
     {"interfaces", "judges", "registry"},
     {"checkpoint", "loading", "sampling", "plugins", "task", "provenance", "describe"},

@@ -1,16 +1,19 @@
 """`sandbox bench`: what it keeps, what it leaves out with a reason, and what it refuses."""
 
 import json
+import warnings
 
 import pytest
 import torch
 import yaml
 from PIL import Image
 
+from sandbox import NotRecorded
 from sandbox.scaffold import write_plugin
 from sandbox.testing import sandbox_project
 from sandbox_plugins.autoregressive import Autoregressive
 from sandbox_plugins.tasks.bench import ceilings, counting
+from sandbox_plugins.var import blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_ceilings")
 
@@ -132,6 +135,34 @@ def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
     assert not (project.folder / "runs/bench-tiny/trace.json").exists()
 
 
+def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, monkeypatch):
+    monkeypatch.setattr(blocks, "fused_halves", lambda: (blocks.Block.before, blocks.Block.after))
+    done = project.sandbox("bench", "tiny.yaml", *FAST, "--fast", "off,on", "--profile")
+    assert done.status == 0, done.err
+    assert "generation float32 x 3 (fast: on):" in done.out
+    found = json.loads((project.folder / "runs/bench-tiny/bench.json").read_text())
+    plain, fast = found["generation"][:2]
+    assert [row["fast"] for row in found["generation"]] == ["off", "on"] * 2
+    assert fast["times_as_fast"] == plain["median_seconds"] / fast["median_seconds"]
+    assert min(plain["first_seconds"], fast["first_seconds"]) > 0
+    assert "splits" in plain and "splits" not in fast and "times_as_fast" not in plain
+    assert all("fast" not in row for row in found["decoding"] + found["training"])
+
+
+def test_what_cannot_be_recorded_is_a_refused_row_and_no_slow_one(project, monkeypatch):
+    whole = Autoregressive.generate
+
+    def generate(self, labels, rng, watch=None):
+        if self.fast == "on":
+            warnings.warn("not recorded: it waits", NotRecorded, stacklevel=2)
+        return whole(self, labels, rng, watch)
+
+    monkeypatch.setattr(Autoregressive, "generate", generate)
+    found = bench(project, "--fast", "off,on", "--batch-sizes", "1")
+    assert [row["status"] for row in found["generation"]] == ["ok", "refused"]
+    assert found["generation"][1]["reason"] == "NotRecorded: not recorded: it waits"
+
+
 def test_measuring_again_takes_the_place_of_what_was_there(project):
     first, again = bench(project), bench(project, "--batch-sizes", "2")
     assert [row["batch_size"] for row in first["decoding"]] == [1, 3]
@@ -153,7 +184,8 @@ def test_a_batch_that_does_not_fit_is_a_row_that_says_so(project, monkeypatch, e
     found = json.loads((project.folder / "runs/bench-tiny/bench.json").read_text())
     fits, fails = found["generation"]
     assert fits["status"] == "ok" and len(found["training"]) == 2
-    assert fails == {"precision": "float32", "batch_size": 3, "status": "out of memory"}
+    where = {"precision": "float32", "batch_size": 3, "fast": "off"}
+    assert fails == {**where, "status": "out of memory"}
 
 
 def test_a_precision_that_a_part_refuses_is_a_row_with_the_reason(project, monkeypatch):
@@ -203,6 +235,7 @@ def test_an_error_in_float32_stops_the_measurement(project, monkeypatch):
         (("--batch-sizes", "1,many"), "--batch-sizes 1,many: Input should be a valid integer"),
         (("--batch-sizes", ""), "--batch-sizes : Input should be a valid integer"),
         (("--precision", "float8"), "--precision float8: Input should be 'auto', 'float32'"),
+        (("--fast", "faster"), "--fast faster: Input should be 'auto', 'on' or 'off'"),
         (("--repeats", "0"), "--repeats 0: Input should be greater than or equal to 1"),
         (("--set", "tokenizer=null", "--set", "generator=null"), "neither a generator nor a"),
         (("--set", "tokenizer=null"), "needs a dataset"),

@@ -105,7 +105,7 @@ def test_an_exponent_without_a_point_is_a_number(load):
         (changed("sides: [1, 2, 4]", "sides: [1, 4, 2]"), "7: tokenizer.schedule"),
         (changed("learning_rate: 1e-4", "learning_rate: .nan"), "16: tasks.0.learning_rate: "),
         (changed("sampler: greedy", "zzz: 1"), "14: generator.zzz: unknown key (known: backbone, "
-         "sampler, objective, token_noise, self_correction)"),
+         "sampler, objective, token_noise, self_correction, fast)"),
         ("1: x\n", "1: 1: "),
         ("seed: 0\n? [a, b]\n: 1\n", "2: "),
     ],

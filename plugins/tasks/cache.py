@@ -61,10 +61,13 @@ def cached(
     passes: int,
     limit: int | None,
     precision: CodingPrecision = "tf32",
+    *,
+    compile: bool = True,
 ) -> Prepared:
     """The prepared data set of a split, from its file if there is one.
 
-    Of several processes the first one names and writes it, and the others wait.
+    On a GPU the encoder of many images is compiled, unless `compile` is False. Of several processes
+    the first one names and writes the file, and the others wait.
     """
     # Agreed on: a last bit of the tokenizer's weights that differs must not make another name.
     key = sandbox.agree(_key(run, split, passes, limit) if sandbox.rank() == 0 else "")
@@ -73,8 +76,10 @@ def cached(
     size = run.dataset.size(split) if limit is None else min(limit, run.dataset.size(split))
     if sandbox.rank() == 0 and not (folder / "labels.npy").exists():
         run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
-        with coding(run.device, precision):
-            _write(run, split, min(batch_size, _BATCH_SIZE), passes, size, folder)
+        size_at_once = min(batch_size, _BATCH_SIZE)
+        compiled = compile and run.device.type == "cuda" and passes * size >= _NUM_COMPILED
+        with coding(run.device, precision), _encoder(run, size_at_once, compiled) as encode:
+            _write(run, split, encode, size_at_once, passes, size, folder)
     sandbox.barrier()
     # Mapped for copy on write, since torch takes no read-only array; nothing is written.
     examples = np.load(folder / "examples.npy", mmap_mode="c", allow_pickle=False)
@@ -83,21 +88,25 @@ def cached(
 
 
 def _write(
-    run: sandbox.Run, split: sandbox.Split, batch_size: int, passes: int, size: int, folder: Path
+    run: sandbox.Run,
+    split: sandbox.Split,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    passes: int,
+    size: int,
+    folder: Path,
 ) -> None:
     target, labels, row = None, [], 0
     draft = folder / "examples.draft.npy"
-    with _encoding(run, passes * size, batch_size) as encode:
-        for number in range(passes):
-            images = sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number)
-            for batch in sandbox.ahead(images, run.device):
-                examples = _compact(run, encode(batch.images).cpu())
-                if target is None:
-                    shape = (passes * size, *examples.shape[1:])
-                    target = new_array(draft, examples.dtype, shape)
-                target[row : row + len(examples)] = examples
-                labels.append(batch.labels.cpu())
-                row += len(examples)
+    for number in range(passes):
+        images = sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number)
+        for batch in sandbox.ahead(images, run.device):
+            examples = _compact(run, encode(batch.images).cpu())
+            if target is None:
+                target = new_array(draft, examples.dtype, (passes * size, *examples.shape[1:]))
+            target[row : row + len(examples)] = examples
+            labels.append(batch.labels.cpu())
+            row += len(examples)
     if target is None:
         raise sandbox.SandboxError(f"the data set has no {split} images")
     target.flush()
@@ -107,11 +116,10 @@ def _write(
 
 
 @contextmanager
-def _encoding(
-    run: sandbox.Run, num_images: int, batch_size: int
+def _encoder(
+    run: sandbox.Run, batch_size: int, compiled: bool
 ) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What encodes so many images in batches of one size, the last of which may be smaller."""
-    compiled = run.device.type == "cuda" and num_images >= _NUM_COMPILED
+    """What prepares batches of one size, the last of which may be smaller."""
     tokenizer = run.tokenizer if run.settings("tokenizer") else None
 
     def encode(images: Tensor) -> Tensor:

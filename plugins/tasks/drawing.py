@@ -68,6 +68,20 @@ def drawing_with(run: sandbox.Run, part: Part[sandbox.Sampler] | None) -> Iterat
         made.sampler = own
 
 
+@contextmanager
+def drawing_fast(run: sandbox.Run, fast: sandbox.Switch) -> Iterator[None]:
+    """Let the run's generator draw as its setting `fast` says; one without it, as it does."""
+    made: Any = run.generator
+    if not hasattr(made, "fast"):
+        yield
+        return
+    own, made.fast = made.fast, fast
+    try:
+        yield
+    finally:
+        made.fast = own
+
+
 def best_sampler(run: sandbox.Run) -> Part[sandbox.Sampler]:
     """The sampler as the run's latest `tune-sampler` set it. Raises SandboxError without one."""
     found = [

@@ -13,7 +13,6 @@ from torch import nn
 
 import sandbox
 
-from .compiling import compiling
 from .loop import laid_out_for_speed
 from .replacing import replaced
 
@@ -52,7 +51,7 @@ def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator
     with ExitStack() as stack:
         stack.enter_context(laid_out_for_speed(autoencoder, device))
         if compiled:
-            stack.enter_context(compiling())
+            stack.enter_context(sandbox.compiling())
             for name in ("encode", "decode"):
                 built = torch.compile(getattr(autoencoder, name), dynamic=False)
                 stack.enter_context(replaced(autoencoder, name, built))

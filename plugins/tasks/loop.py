@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 import sandbox
 
-from .compiling import compiling
 from .settings import Training, autocast
 from .upkeep import (
     Average,
@@ -67,7 +66,7 @@ def train(fit: Fit) -> dict[str, Any]:
     """
     _check_shares(fit)
     compiles = fit.settings.compiles(fit.run.device)
-    compiler = compiling() if compiles else nullcontext()
+    compiler = sandbox.compiling() if compiles else nullcontext()
     with laid_out_for_speed(fit.network, fit.run.device), compiler:
         return _train(fit)
 

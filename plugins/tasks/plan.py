@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
+from .drawing import drawing_fast
 from .settings import Training, autocast
 
 
@@ -48,7 +49,7 @@ def training_plan(
 def sampling_plan(run: sandbox.Run, num_images: int, batch_size: int) -> dict[str, str]:
     """The plan of a generation, from one image generated on trial."""
     network, label = run.generator.network, torch.zeros(1, dtype=torch.long, device=run.device)
-    with _own_randomness(run.device):
+    with _own_randomness(run.device), drawing_fast(run, "off"):  # replayed, nothing can be counted
         if run.device.type == "cuda":
             run.generator.generate(label, run.rng("warm-up"))
         began = _now(run.device)

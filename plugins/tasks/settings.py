@@ -2,22 +2,14 @@
 
 from contextlib import AbstractContextManager
 from math import cos, pi
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 import sandbox
 
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
-def _word(value: Any) -> Any:
-    """YAML reads a plain on or off as true or false."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-Compile = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 def precision_on(device: torch.device, precision: Precision) -> Precision:
@@ -72,7 +64,7 @@ class Training(sandbox.Params):
     """Decay of an exponential average of the weights, which is then what is kept; off if absent."""
     precision: Precision = "auto"
     """Of the matrix work. `auto`: bfloat16 on a GPU, float32 on a CPU."""
-    compile: Compile = "auto"
+    compile: sandbox.Switch = "auto"
     """Whether the network's kernels are built for it by torch.compile. `auto`: on a GPU, for at
     least 500 steps."""
     report_every: int = Field(640, gt=0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import sandbox
 
 from .cache import cached
-from .compiling import compiler_of
+from .compiled import compiler_of
 from .encoding import CodingPrecision, coding, coding_precision
 from .loop import Fit, train
 from .plan import training_plan
@@ -28,7 +28,8 @@ class TrainGenerator:
 
     class Params(Training):
         cache: bool = True
-        """Encode the data set once and train from the file; off, encode each batch anew."""
+        """Encode the data set once and train from the file; off, encode each batch anew. From
+        40,000 images on, a GPU's encoder is compiled for it, unless `compile` is off."""
         cache_passes: int = Field(1, ge=1)
         """Differently augmented copies of the data set in the cache."""
         encoder_precision: CodingPrecision = "tf32"
@@ -104,7 +105,15 @@ class TrainGenerator:
         passes = self.params.cache_passes if split == "train" else 1
         limit = None if split == "train" else self.params.num_validation_images
         params = self.params
-        return cached(run, split, params.batch_size, passes, limit, params.encoder_precision)
+        return cached(
+            run,
+            split,
+            params.batch_size,
+            passes,
+            limit,
+            params.encoder_precision,
+            compile=params.compile != "off",
+        )
 
     def _read(self, run: sandbox.Run, images: Tensor) -> Tensor:
         """What the generator reads of a batch."""

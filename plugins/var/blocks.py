@@ -4,8 +4,11 @@ The one idea to hold: a label reaches the tokens only through six vectors a bloc
 and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, arXiv 2212.09748).
 """
 
+import copy
 import math
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -54,11 +57,48 @@ class Block(nn.Module):
         modulation: Float[Tensor, "b 1 6 d"],
         mask: Mask,
         memory: tuple[Tensor, slice] | None = None,
+        fused: bool = False,
     ) -> Float[Tensor, "b n d"]:
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        seen = self.attn(self.norm(x) * (1 + scale1) + shift1, mask, memory)
-        x = x + seen * gate1
-        return x + self.ffn(self.norm(x) * (1 + scale2) + shift2) * gate2
+        """`memory` is the cache of keys and values with the place of these tokens in it.
+
+        With `fused` what stands before and after the attention is compiled.
+        """
+        before, after = (Block.before, Block.after) if not fused else fused_halves()
+        q, k, v = before(self, x, modulation)
+        if memory is not None:
+            past, span = memory
+            past[0, :, :, span], past[1, :, :, span] = k, v
+            k, v = past[:, :, :, : span.stop]
+        seen = self.attn.backend.attend(q, k, v, mask, self.attn.scale)
+        return after(self, x, seen, modulation)
+
+    def before(
+        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6 d"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `b heads n e`."""
+        _, _, scale, _, shift, _ = modulation.unbind(2)
+        return self.attn.project(self.norm(x) * (1 + scale) + shift)
+
+    def after(
+        self,
+        x: Float[Tensor, "b n d"],
+        seen: Float[Tensor, "b heads n e"],
+        modulation: Float[Tensor, "b 1 6 d"],
+    ) -> Float[Tensor, "b n d"]:
+        """What attention saw, and then the MLP, added to `x`."""
+        gate1, gate2, _, scale, _, shift = modulation.unbind(2)
+        x = x + self.attn.merge(seen) * gate1
+        return x + self.ffn(self.norm(x) * (1 + scale) + shift) * gate2
+
+
+@cache
+def fused_halves() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`Block.before` and `Block.after`, compiled for steps of any number of tokens.
+
+    Attention between them is the backend's, and so are the kernels of the products: what is saved
+    is the reading and writing in between.
+    """
+    return torch.compile(Block.before, dynamic=True), torch.compile(Block.after, dynamic=True)
 
 
 class SelfAttention(nn.Module):
@@ -82,10 +122,8 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
 
-    def forward(
-        self, x: Float[Tensor, "b n d"], mask: Mask, memory: tuple[Tensor, slice] | None
-    ) -> Float[Tensor, "b n d"]:
-        """`memory` is the cache of keys and values with the place of these tokens in it."""
+    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `b heads n e`."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.mat_qkv.weight, bias)
         q, k, v = rearrange(
@@ -95,12 +133,33 @@ class SelfAttention(nn.Module):
             sharpness = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
             q = (F.normalize(q.float(), dim=-1) * sharpness).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        if memory is not None:
-            cache, span = memory
-            cache[0, :, :, span], cache[1, :, :, span] = k, v
-            k, v = cache[:, :, :, : span.stop]
-        out = self.backend.attend(q, k, v, mask, self.scale)
-        return self.dropout(self.proj(rearrange(out, "b heads n e -> b n (heads e)")))
+        return q, k, v
+
+    def merge(self, seen: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
+        """What all heads saw, as one vector a token."""
+        return self.dropout(self.proj(rearrange(seen, "b heads n e -> b n (heads e)")))
+
+
+def step_weights(block: Block) -> list[Tensor]:
+    """What a block reads in a step; its AdaLN is computed once, beforehand."""
+    return [*block.attn.parameters(), *block.ffn.parameters()]
+
+
+def cast_block(block: Block, dtype: torch.dtype) -> Block:
+    """A copy of what a step reads, its matrices and their biases in `dtype`, as autocast has them.
+
+    What multiplies in float32 (the scale of the attention) or is put together before it is cast
+    (the biases of queries and values) stays as it is. The attention's backend is the same one.
+    """
+    cast, memo = copy.copy(block), {id(block.attn.backend): block.attn.backend}
+    halves = {name: copy.deepcopy(block._modules[name], memo) for name in ("attn", "ffn")}
+    for half in halves.values():
+        half.requires_grad_(False)
+        for module in half.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+    cast._modules = {**block._modules, **halves}
+    return cast
 
 
 def with_drop_path(

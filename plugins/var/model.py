@@ -6,7 +6,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import sandbox
 from sandbox import Mask, Part, Tokens
 
 from . import published_model
-from .blocks import Block, HeadNorm, with_drop_path
+from .blocks import Block, HeadNorm, cast_block, step_weights, with_drop_path
 
 
 @dataclass
@@ -32,6 +32,7 @@ class State:
     cond: Float[Tensor, "b d"]
     modulations: list[Float[Tensor, "b 1 6 d"]]
     caches: list[Float[Tensor, "2 b heads l e"]]
+    blocks: Sequence[Block]
     next_step: int = 0
 
 
@@ -102,6 +103,8 @@ class VAR(nn.Module):
         with torch.device("cpu"):  # known also where the weights are only planned (meta device)
             self.register_buffer("level", layout.level_of(), persistent=False)
         self.mask = Mask(layout.lens)
+        self.fused = False
+        self._cast: dict[tuple[torch.dtype, torch.device], list[Block]] = {}  # no part of the state
         self._initialise()
 
     def forward(
@@ -155,6 +158,7 @@ class VAR(nn.Module):
             cond=cond,
             modulations=[modulation.to(dtype) for modulation in self._modulations(cond)],
             caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
+            blocks=self._cast_blocks(dtype) if self.fused else list(self.blocks),
         )
 
     def step(
@@ -170,9 +174,9 @@ class VAR(nn.Module):
         x = self._first(state.cond) if step == 0 else self._read(context)
         x = x + self._places(span)
         for block, modulation, cache in zip(
-            self.blocks, state.modulations, state.caches, strict=True
+            state.blocks, state.modulations, state.caches, strict=True
         ):
-            x = block.forward(x, modulation, Mask(), (cache, span))
+            x = block.forward(x, modulation, Mask(), (cache, span), self.fused)
         state.next_step += 1
         return self.logits(x, state.cond)
 
@@ -207,6 +211,27 @@ class VAR(nn.Module):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.word_embed.weight.dtype
+
+    def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
+        """The blocks with their matrices in `dtype`, copied anew each time, so never stale.
+
+        Autocast casts a matrix once for all steps, but within compiled code at every call.
+        """
+        own, weight = list(self.blocks), self.word_embed.weight
+        if dtype == weight.dtype:
+            return own
+        key = dtype, weight.device
+        if key not in self._cast:
+            with torch.inference_mode(False), torch.no_grad():
+                self._cast[key] = [cast_block(block, dtype) for block in own]
+        pairs = [
+            (copied, original)
+            for cast, block in zip(self._cast[key], own, strict=True)
+            for copied, original in zip(step_weights(cast), step_weights(block), strict=True)
+        ]
+        with torch.no_grad():
+            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        return self._cast[key]
 
     def _first(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
         return (cond[:, None] + self.pos_start).to(self._dtype())

@@ -1,5 +1,6 @@
 """The task `bench` from within: what timing leaves alone, how spread and state are counted."""
 
+import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,6 +103,7 @@ def test_what_is_compiled_has_rows_of_its_own_and_leaves_no_trace(run, monkeypat
         assert rows == [(1, False), (2, False), (2, True)]
         assert all(row["status"] == "ok" for row in found[part])
     assert not any("compiled" in row for row in found["generation"])
+    assert all(("times_as_fast" in row) == ("compiled" in row) for row in found["training"])
     assert [row["ids_changed"] for row in found["encoding"]] == [0, 0, 0]
     assert found["training"][2]["flops"] == found["training"][1]["flops"] > 0
     assert all(module._compiled_call_impl is None for module in network.modules())
@@ -160,4 +162,6 @@ def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
     (tmp_path / "tiny.run").mkdir()
     run = sandbox.load(tmp_path / "tiny.yaml")
     Bench(Bench.Params(batch_sizes=(2,), repeats=1, profile=True)).run(run)
-    assert (tmp_path / "tiny.run/bench.json").exists()
+    found = json.loads((tmp_path / "tiny.run/bench.json").read_text())["generation"]
+    assert [row["fast"] for row in found] == ["off", "on"] * 3
+    assert all(row["status"] == "ok" for row in found)

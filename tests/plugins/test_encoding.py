@@ -161,3 +161,10 @@ def test_on_a_gpu_what_is_compiled_caches_the_ids_of_what_is_not(there, monkeypa
         found = cached(there, "train", 4, 1, None, precision).examples
         assert found.dtype == torch.int16 and found.shape == plain.shape
         assert (found != plain).float().mean() < (0.1 if precision == "bfloat16" else 0.02)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_is_compiled_where_that_is_not_wanted(there, monkeypatch):
+    monkeypatch.setattr(cache, "_NUM_COMPILED", 1)
+    monkeypatch.setattr(torch, "compile", None)
+    assert len(cached(there, "train", 4, 1, None, compile=False).examples) == 10

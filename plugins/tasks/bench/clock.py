@@ -13,6 +13,7 @@ import sandbox
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_REFUSALS = (RuntimeError, MemoryError, ValueError, TypeError, sandbox.SandboxError)
 _PROCESS = Path("/proc/self")
 
 
@@ -84,7 +85,7 @@ def attempt(measure: Callable[[], dict[str, Any]], *, strict: bool = False) -> d
     """What was measured with `status` ok, or why it could not be; `strict`, only lack of memory."""
     try:
         return {"status": "ok", **measure()}
-    except (RuntimeError, MemoryError, ValueError, TypeError, sandbox.SandboxError) as error:
+    except (*_REFUSALS, sandbox.NotRecorded) as error:
         if is_out_of_memory(error):
             found = {"status": "out of memory"}
         elif strict:
@@ -102,4 +103,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or here."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    kinds = (RuntimeError, sandbox.NotRecorded)
+    return isinstance(error, kinds) and any(text in str(error) for text in _NO_MEMORY)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
+from ..drawing import drawing_fast
 from ..replacing import replaced
 from ..settings import autocast
 from .clock import Precision
@@ -23,8 +24,12 @@ HOW = {
     "share_of_matmul": "FLOPs a second of the whole generation (decoding included) over those of "
     "the matrix product in the same precision, or in float32 where that is faster here",
     "share_of_copy": "those bytes a second over those a copy reads and writes",
-    "split": "by marks before and after each part's methods, in calls of their own; `rest` is what "
-    "is left of those calls' whole; on a GPU, waiting for launches counts where it happens",
+    "split": "with `fast` off, by marks before and after each part's methods, in calls of their "
+    "own; `rest` is what is left of those calls' whole; on a GPU, waiting for launches counts "
+    "where it happens",
+    "first_seconds": "a generation's first call, with all that is set up then: compiled kernels "
+    "where they were never built before, and a CUDA graph",
+    "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",
@@ -64,7 +69,11 @@ def work_of(run: sandbox.Run, precision: Precision) -> Work:
         return step(*words, **named)
 
     def generate() -> int:
-        with autocast(run.device, precision), FlopCounterMode(display=False) as counter:
+        with (
+            drawing_fast(run, "off"),
+            autocast(run.device, precision),
+            FlopCounterMode(display=False) as counter,
+        ):
             run.generator.generate(label, run.rng("count"))
         return int(counter.get_total_flops())
 

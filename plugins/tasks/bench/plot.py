@@ -9,6 +9,7 @@ from matplotlib.ticker import LogFormatter, NullLocator
 
 import sandbox
 
+_LINES = {"off": "--", "auto": ":", "on": "-"}
 _COLOURS = {"float32": "#3b6ea5", "bfloat16": "#c8643c", "float16": "#5b8c5a"}
 
 
@@ -19,18 +20,18 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> bool:
         return False
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     latency, throughput = figure.subplots(1, 2)
-    for precision, colour in _COLOURS.items():
-        found = sorted(
-            (row for row in measured if row["precision"] == precision),
-            key=lambda row: row["batch_size"],
-        )
-        if not found:
-            continue
+    curves: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in measured:
+        curves.setdefault((row["precision"], row.get("fast", "off")), []).append(row)
+    for (precision, fast), rows_of_it in curves.items():
+        found = sorted(rows_of_it, key=lambda row: row["batch_size"])
         sizes = [row["batch_size"] for row in found]
         middle = [1000 * row["median_seconds"] for row in found]
         low = [1000 * (row["median_seconds"] - row["q1_seconds"]) for row in found]
         high = [1000 * (row["q3_seconds"] - row["median_seconds"]) for row in found]
-        style = {"color": colour, "label": precision, "marker": "o", "markersize": 4}
+        style = {"color": _COLOURS[precision], "marker": "o", "markersize": 4}
+        style["linestyle"] = _LINES[fast]
+        style["label"] = precision if fast == "off" else f"{precision}, fast {fast}"
         latency.errorbar(sizes, middle, yerr=[low, high], capsize=3, **style)
         throughput.plot(sizes, [row["images_per_second"] for row in found], **style)
     ticks = sorted({row["batch_size"] for row in measured})

@@ -1,7 +1,8 @@
 """One row a measurement: a part, at a batch size, in a precision."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 import sandbox
 
-from ..compiling import compiled_generator
+from ..compiled import compiled_generator
+from ..drawing import drawing_fast
 from ..encoding import coding, in_bulk
 from ..loop import laid_out_for_speed
 from ..settings import Training, autocast
@@ -33,12 +35,20 @@ class Setting:
     repeats: int
     warmup: int
     compiled: bool = False
+    """Whether encoding, decoding and training run as compiled."""
+    fast: sandbox.Switch | None = None
+    """How a generator draws; None of one that has no such setting, and of other parts."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is compiled or recorded."""
+        return not self.compiled and self.fast in (None, "off")
 
 
 def generation(
     run: sandbox.Run, clock: Clock, setting: Setting, split: Split, work: Work | None
 ) -> dict[str, Any]:
-    """Whole generations, then as many again with their parts timed."""
+    """Whole generations, then (with `fast` off) as many again with their parts timed."""
     size = setting.batch_size
     labels = torch.arange(size, device=run.device) % run.num_classes
     made: list[Tensor] = []
@@ -48,14 +58,19 @@ def generation(
             made[:] = [run.generator.generate(labels, run.rng("generate"))]
 
     def measure() -> dict[str, Any]:
-        found = _timed(clock, call, setting)
-        split_once(split, call)  # what is set up at the first such call
-        splits = [split_once(split, call) for _ in range(setting.repeats)]
+        known = forget_peak(clock.device)
+        (first,) = clock.time(call, 1)
+        found = {"first_seconds": first, **_timed(clock, call, setting, fresh=False)}
+        found["peak_bytes"] = peak_bytes(clock.device) if known else None
+        if setting.plain:  # a recorded generation has no parts
+            split_once(split, call)  # what is set up at the first such call
+            found["splits"] = [split_once(split, call) for _ in range(setting.repeats)]
         if not made[0].isfinite().all():
             found["status"] = "not finite"
-        return found | {"splits": splits} | shares(found["median_seconds"], size, work)
+        return found | shares(found["median_seconds"], size, work)
 
-    return _row(setting, measure)
+    with drawing_fast(run, setting.fast or "off"), _refusing_the_plain_path():
+        return _row(setting, measure)
 
 
 def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
@@ -174,16 +189,27 @@ def _coding(
 
 
 def _row(setting: Setting, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Any part must work in float32; another precision it may refuse, and compiling too."""
+    """Any part must work plainly in float32; another precision, or to be fast, it may refuse."""
     where: dict[str, Any] = {"precision": setting.precision, "batch_size": setting.batch_size}
     where |= {"compiled": True} if setting.compiled else {}
-    strict = setting.precision == "float32" and not setting.compiled
+    where |= {"fast": setting.fast} if setting.fast is not None else {}
+    strict = setting.precision == "float32" and setting.plain
     return {**where, **attempt(measure, strict=strict)}
 
 
-def _timed(clock: Clock, call: Callable[[], Any], setting: Setting) -> dict[str, Any]:
-    """Seconds, their spread, what follows from them, and the peak of memory."""
-    known = forget_peak(clock.device)
+@contextmanager
+def _refusing_the_plain_path() -> Iterator[None]:
+    """What cannot be recorded is refused: as slow as the plain row, it would pass for fast."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sandbox.NotRecorded)
+        yield
+
+
+def _timed(
+    clock: Clock, call: Callable[[], Any], setting: Setting, *, fresh: bool = True
+) -> dict[str, Any]:
+    """Seconds, their spread, what follows from them, and (`fresh`) the peak of memory."""
+    known = fresh and forget_peak(clock.device)
     clock.time(call, setting.warmup)
     seconds = clock.time(call, setting.repeats)
     found = spread(seconds)

@@ -43,8 +43,9 @@ def ceilings_table(
 
 def brief(part: str, row: Mapping[str, Any]) -> str:
     """A row in half a line."""
-    compiled = ", compiled" if row.get("compiled") else ""
-    where = f"{part} {row['precision']} x {row['batch_size']}{compiled}"
+    mode = " (compiled)" if row.get("compiled") else ""
+    mode += f" (fast: {row['fast']})" if row.get("fast", "off") != "off" else ""
+    where = f"{part} {row['precision']} x {row['batch_size']}{mode}"
     if "median_seconds" not in row:
         return f"{where}: {row['status']}" + (f" ({row['reason']})" if "reason" in row else "")
     warning = "" if row["status"] == "ok" else f", {row['status']}"
@@ -56,7 +57,8 @@ def brief(part: str, row: Mapping[str, Any]) -> str:
 
 def _where(row: Mapping[str, Any]) -> dict[str, Any]:
     where = {"precision": row["precision"], "batch": row["batch_size"]}
-    return where | ({"compiled": "yes"} if row.get("compiled") else {})
+    where |= {"compiled": "yes"} if row.get("compiled") else {}
+    return where | ({"fast": row["fast"]} if "fast" in row else {})
 
 
 def _line(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +72,10 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "ms_per_image": _round(row["ms_per_image"]),
         "images_per_sec": _round(row["images_per_second"]),
     }
+    if "first_seconds" in row:
+        line["first_sec"] = _round(row["first_seconds"])
+    if "times_as_fast" in row:
+        line["times_as_fast"] = _round(row["times_as_fast"])
     if row.get("peak_bytes") is not None:
         line["peak_MiB"] = round(row["peak_bytes"] / 2**20)
     if "ids_changed" in row:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -11,8 +10,9 @@ from pydantic import Field, field_validator
 
 import sandbox
 
+from ..drawing import drawing_fast
 from ..encoding import coding_precisions
-from ..settings import Compile, autocast
+from ..settings import autocast
 from .ceilings import copy, matrix_product
 from .clock import Clock, Precision, attempt
 from .counting import HOW, Work, work_of
@@ -37,13 +37,16 @@ class Bench:
         """Images at a time; when absent 1, 8 and 64, on a CPU 1 and 8."""
         precision: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = ("auto",)
         """Of the matrix work. `auto`: float32, on a GPU bfloat16 and float16 too."""
+        fast: tuple[sandbox.Switch, ...] | None = None
+        """How generation is measured: the generator's setting `fast`, one after the other. When
+        absent off and on, on a CPU off alone."""
         repeats: int = Field(5, ge=1)
         """Timed calls of everything; the median and the quartiles are told."""
         warmup: int = Field(2, ge=1)
         """Calls before, which are not timed."""
         profile: bool = False
         """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show."""
-        compile: Compile = "auto"
+        compile: sandbox.Switch = "auto"
         """Whether encoding, decoding and training are measured compiled too, at the largest batch
         size: minutes, on a GPU, of compiling. `auto`: on a GPU."""
 
@@ -132,7 +135,8 @@ class Bench:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
             if self.params.profile:
-                setting = self._setting(run, self._precisions(run.device)[0])
+                where = self._precisions(run.device)[0], min(self._sizes(run.device))
+                setting = self._setting(*where, fast=self._modes(run)[-1])
                 kept = attempt(lambda: _keep_trace(run, setting))
                 if kept["status"] != "ok":
                     absent["profile"] = kept.get("reason", kept["status"])
@@ -193,19 +197,27 @@ class Bench:
     ) -> list[dict[str, Any]]:
         asked = [p for p in precisions or self._precisions(run.device) if p != but]
         sizes = self._sizes(run.device)
-        chosen = [(p, size, False) for p in asked for size in sizes]
+        modes = self._modes(run) if part == "generation" else (None,)
+        settings = [
+            self._setting(p, size, fast=fast) for p in asked for size in sizes for fast in modes
+        ]
         if part != "generation" and self._compiles(run.device):
-            chosen += [(p, max(sizes), True) for p in asked]
+            settings += [self._setting(p, max(sizes), compiled=True) for p in asked]
         rows = []
-        for precision, size, compiled in chosen:
-            setting = replace(self._setting(run, precision, size), compiled=compiled)
+        for setting in settings:
             rows.append(measure(run, clock, setting))
             run.say(brief(part, rows[-1]))
+        _add_ratios(rows)
         return rows
 
-    def _setting(self, run: sandbox.Run, precision: Precision, size: int | None = None) -> Setting:
-        size = size or min(self._sizes(run.device))
-        return Setting(precision, size, self.params.repeats, self.params.warmup)
+    def _setting(self, precision: str, size: int, **how: Any) -> Setting:
+        return Setting(precision, size, self.params.repeats, self.params.warmup, **how)
+
+    def _modes(self, run: sandbox.Run) -> tuple[sandbox.Switch | None, ...]:
+        if not hasattr(run.generator, "fast"):
+            return (None,)
+        every: tuple[sandbox.Switch, ...] = ("off", "on") if run.device.type == "cuda" else ("off",)
+        return every if self.params.fast is None else tuple(dict.fromkeys(self.params.fast))
 
     def _sizes(self, device: torch.device) -> tuple[int, ...]:
         return self.params.batch_sizes or ((1, 8, 64) if device.type == "cuda" else (1, 8))
@@ -255,16 +267,34 @@ def _add_shares(
                 row["share_of_copy"] = rate / copied
 
 
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast a row is as the plain one beside it."""
+    plain = {
+        (row["precision"], row["batch_size"]): row.get("median_seconds")
+        for row in rows
+        if _is_plain(row)
+    }
+    for row in rows:
+        before = plain.get((row["precision"], row["batch_size"]))
+        if not _is_plain(row) and before and "median_seconds" in row:
+            row["times_as_fast"] = before / row["median_seconds"]
+
+
+def _is_plain(row: Mapping[str, Any]) -> bool:
+    return not row.get("compiled") and row.get("fast", "off") == "off"
+
+
 def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
     """One generation as a Chrome trace."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if run.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
-    with torch.profiler.profile(activities=activities) as profile:
-        with autocast(run.device, setting.precision):
+    with drawing_fast(run, setting.fast or "off"), autocast(run.device, setting.precision):
+        run.generator.generate(labels, run.rng("warm-up"))
+        with torch.profiler.profile(activities=activities) as profile:
             run.generator.generate(labels, run.rng("profile"))
-        Clock(run.device).settle()
+            Clock(run.device).settle()
     with sandbox.atomic(run.folder / TRACE) as draft:
         profile.export_chrome_trace(str(draft))
     return {}

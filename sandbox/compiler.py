@@ -6,13 +6,10 @@ own words; whatever else the compiler says is still told.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
-from typing import Any
 
 import torch
-from torch import nn
 
 _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
@@ -36,25 +33,6 @@ def compiling() -> Iterator[None]:
             yield
         finally:
             _BOUNDS.removeFilter(_is_news)
-
-
-def compiler_of(made: Any) -> Callable[[], None]:
-    """What compiles a generator's training: its own `compile`, else its network's."""
-    own = getattr(type(made), "compile", nn.Module.compile)
-    return made.network.compile if own is nn.Module.compile else made.compile
-
-
-@contextmanager
-def compiled_generator(made: Any) -> Iterator[Any]:
-    """A generator whose training is compiled, within this context; its network is the same one."""
-    again = copy(made)  # what compiling notes in a generator goes with the copy
-    with compiling():
-        try:
-            compiler_of(again)()
-            yield again
-        finally:
-            for module in again.network.modules():
-                module._compiled_call_impl = None  # torch itself has no way back from compile()
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,0 +1,168 @@
+"""A computation on a GPU, recorded once as a CUDA graph and then replayed without Python between.
+
+The one thing to hold in mind: a graph reads and writes the places in memory that it was recorded
+with. So what goes in is copied to such a place and what comes out is copied from one; weights may
+change in place, but whoever records must name in the `key` all else that a call depends on:
+`places` tells where tensors lie.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Computation = Callable[[Tensor, torch.Generator], Tensor]
+"""Of one tensor to another, drawing from the generator."""
+
+
+class NotRecorded(UserWarning):
+    """A computation that is to be replayed waits for the device, say, and so runs as it is."""
+
+
+class Recording:
+    """A computation as one CUDA graph, for inputs of one shape.
+
+    It draws what the plain computation would draw from the same generator, and moves that on.
+    Computed twice before, so that what is set up at first use is no part of it, and so that what
+    waits for the device is found out before it breaks a recording. Raises RuntimeError.
+    """
+
+    def __init__(
+        self,
+        compute: Computation,
+        inputs: Tensor,
+        rng: torch.Generator,
+        pool: Any = None,
+    ) -> None:
+        self.compute = compute  # kept, so that the ids of what it refers to stay taken
+        device = inputs.device
+        with torch.inference_mode(False):
+            self._inputs = inputs.clone()
+        self._rng = torch.Generator(device)
+        self._rng.set_state(rng.get_state())
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self._rng)
+        cuda: Any = torch.cuda  # torch leaves streams untyped
+        with cuda.device(device):
+            stream = cuda.Stream()
+            stream.wait_stream(cuda.current_stream())
+            try:
+                with cuda.stream(stream):
+                    compute(self._inputs, self._rng)
+                    with _refusing_to_wait():
+                        compute(self._inputs, self._rng)
+            finally:
+                cuda.current_stream().wait_stream(stream)
+            self._output = self._record(stream, pool)
+
+    def _record(self, stream: Any, pool: Any) -> Tensor:
+        # What autocast remembers must be neither read by the graph nor left behind by it.
+        torch.clear_autocast_cache()
+        recorder = torch.cuda.graph(
+            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        )
+        cuda: Any = torch.cuda
+        try:
+            # A recording that breaks leaves its own stream the current one.
+            with cuda.stream(cuda.current_stream()), recorder:
+                return self.compute(self._inputs, self._rng)
+        except BaseException:
+            with suppress(RuntimeError):
+                _close_what_failed(self._inputs.device)
+            raise
+        finally:
+            torch.clear_autocast_cache()
+
+    def __call__(self, inputs: Tensor, rng: torch.Generator) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            self._inputs.copy_(inputs)
+            self._rng.set_state(rng.get_state())
+            self.graph.replay()
+            rng.set_state(self._rng.get_state())
+            return self._output.clone()
+
+
+class Recordings:
+    """The recordings of a computation, one for each kind of call, the latest `kept` of them.
+
+    Recording takes the time of about three calls, so a kind of call comes `patience` times before
+    it is recorded. Recordings share their memory: all together need what the largest needs.
+    """
+
+    def __init__(self, kept: int = 8, patience: int = 3) -> None:
+        self.kept, self.patience = kept, patience
+        self._calls: OrderedDict[Hashable, Computation | int] = OrderedDict()
+
+    def run(
+        self,
+        compute: Computation,
+        inputs: Tensor,
+        rng: torch.Generator,
+        *,
+        key: Hashable,
+        at_once: bool,
+    ) -> Tensor:
+        """`compute(inputs, rng)`, replayed where calls with this key came before.
+
+        The first call of a kind is recorded only where `at_once` says so. What cannot be recorded
+        runs as it is, now and when it comes again, which a warning (`NotRecorded`) tells.
+        """
+        call = self._calls.pop(key, 0)
+        if isinstance(call, int):
+            ripe = at_once or call >= self.patience
+            call = self._recorded(compute, inputs, rng) if ripe else call + 1
+        self._calls[key] = call
+        while len(self._calls) > self.kept:
+            self._calls.popitem(last=False)
+        return (compute if isinstance(call, int) else call)(inputs, rng)
+
+    def _recorded(self, compute: Computation, inputs: Tensor, rng: torch.Generator) -> Computation:
+        others = (call for call in self._calls.values() if isinstance(call, Recording))
+        shared = next(others, None)
+        try:
+            return Recording(compute, inputs, rng, shared.graph.pool() if shared else None)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"not recorded as a CUDA graph, so slower: {type(error).__name__}: {reason}",
+                NotRecorded,
+                stacklevel=4,
+            )
+            return compute
+
+
+def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
+    """Where the modules' own parameters and buffers lie; those within them are to be named too.
+
+    Read before every replay, while the device waits, hence not by way of `parameters()`.
+    """
+    return tuple(
+        (tensor.data_ptr(), tensor.stride())
+        for module in modules
+        for own in (module._parameters, module._buffers)
+        for tensor in own.values()
+        if tensor is not None
+    )
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Within, waiting for the device is an error, as it is in a recording."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def _close_what_failed(device: torch.device) -> None:
+    """Record something that works: until then the default generator takes itself for recorded."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device=device)

@@ -1,0 +1,313 @@
+"""The fast way to draw: the same images as the plain one, on a GPU and on a CPU."""
+
+import pytest
+import torch
+import yaml
+
+import sandbox
+from sandbox import NotRecorded, Recordings
+from sandbox_plugins.autoregressive import Autoregressive
+from sandbox_plugins.tasks.drawing import adjusted, drawing_with
+from sandbox_plugins.var import blocks
+
+LAYOUTS = {
+    "pyramid": {
+        "name": "var-vq",
+        "schedule": {"name": "sides", "sides": [1, 2, 3, 4]},
+    },
+    "raster": {"name": "raster-vq", "schedule": {"name": "raster", "height": 4, "width": 4}},
+}
+RECIPE = {
+    "num_classes": 5,
+    "generator": {
+        "name": "autoregressive",
+        "backbone": {"name": "var", "depth": 2, "width": 64, "num_heads": 2},
+    },
+    "tasks": [{"name": "sample"}],
+}
+PARTS = {
+    "autoencoder": {"name": "patch", "patch": 4, "ch": 8, "code_dim": 4},
+    "codebook": {"name": "vq", "vocab_size": 32},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A run of untrained parts whose weights are large enough that predictions vary."""
+
+    def loaded(layout="pyramid", device="cpu", **settings):
+        recipe = {**RECIPE, "tokenizer": LAYOUTS[layout] | PARTS}
+        (tmp_path / "fast.yaml").write_text(yaml.safe_dump(recipe))
+        words = [f"generator.{key}={value}" for key, value in settings.items()]
+        run = sandbox.load(tmp_path / "fast.yaml", *words, device=device)
+        awaken(run.generator.network)
+        return run
+
+    return loaded
+
+
+def awaken(network, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=rng))
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """What compiling means without the minutes it takes: traced, not built."""
+    halves = [
+        torch.compile(half, dynamic=True, backend="aot_eager")
+        for half in (blocks.Block.before, blocks.Block.after)
+    ]
+    monkeypatch.setattr(blocks, "fused_halves", lambda: halves)
+
+
+def labels_of(run, size=6):
+    return torch.arange(size, device=run.device) % 5
+
+
+def drawn(run, fast, salt="a", size=6):
+    run.generator.fast = fast
+    return run.generator.generate(labels_of(run, size), run.rng(salt))
+
+
+def logits(run, fused, size=3):
+    """Every step's logits, of one run of codes."""
+    network, layout = run.generator.network.eval(), run.generator.layout
+    network.fused = fused
+    rng = torch.Generator(run.device).manual_seed(0)
+    with torch.inference_mode(), sandbox.compiling():
+        state, found = network.begin(labels_of(run, size)), []
+        for step, n in enumerate(layout.lens):
+            context = torch.randn(size, n, 4, generator=rng, device=run.device)
+            found.append(network.step(state, context, step))
+    network.fused = False
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize(("word", "fast"), [("off", "off"), ("on", "on"), ("auto", "auto")])
+def test_on_and_off_are_read_as_words(load, word, fast):
+    assert load(fast=word).generator.fast == fast
+
+
+def test_fast_is_one_of_three_words(registry):
+    with pytest.raises(ValueError, match="'auto', 'on' or 'off'"):
+        Autoregressive.Params.model_validate(
+            {"backbone": {"name": "var"}, "fast": "faster"}, context={"registry": registry}
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_tokens_of_compiled_kernels_are_the_plain_ones(load, layout):
+    run = load(layout, sampler="greedy")
+    plain = drawn(run, "off")
+    assert torch.equal(drawn(run, "on"), plain)
+    assert len(plain.flatten(1).unique(dim=0)) > 1
+    torch.testing.assert_close(logits(run, True), logits(run, False))
+
+
+def test_on_a_cpu_auto_is_the_plain_way(load, monkeypatch):
+    run = load()
+    monkeypatch.setattr(blocks, "fused_halves", None)
+    monkeypatch.setattr(run.generator, "_recordings", None)
+    assert torch.equal(drawn(run, "auto"), drawn(run, "off"))
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_what_is_watched_or_edited_is_drawn_alike(load):
+    run = load()
+    made, labels = run.generator, labels_of(run)
+    images = drawn(run, "on")
+    seen = []
+    watched = made.generate(labels, run.rng("a"), lambda step, shown: seen.append(shown))
+    assert torch.equal(watched, images) and torch.equal(seen[-1], images) and len(seen) == 4
+    edited = made.edit(images, torch.ones(images.shape[2:]), labels, run.rng("a"))
+    torch.testing.assert_close(edited, run.tokenizer.decode(run.tokenizer.encode(images)))
+    assert not made.backbone.fused
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_in_half_precision_compiled_kernels_stay_close_and_read_weights_anew(load):
+    run = load()
+    for seed in (0, 1):
+        awaken(run.generator.network, seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain, fused = logits(run, False), logits(run, True)
+        assert (fused - plain).norm() < 1e-2 * plain.norm()
+    assert not any("_cast" in name for name in run.generator.network.state_dict())
+    assert all(parameter.requires_grad for parameter in run.generator.network.parameters())
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_a_network_that_drew_with_compiled_kernels_can_be_trained(load):
+    run = load()
+    with torch.autocast("cpu", torch.bfloat16):
+        images = drawn(run, "on")
+        ids = run.generator.prepare(images)
+        run.generator.network.train()
+        run.generator.loss(ids, labels_of(run)).total.backward()
+    assert all(p.grad is not None for p in run.generator.network.parameters())
+
+
+SETTINGS = {
+    "guided": {},
+    "unguided": {"sampler": "{name: top-k-top-p, guidance: 0, top_k: 5}"},
+    "smoothed": {"sampler": "{name: top-k-top-p, smoothing: true, top_p: 0.8}"},
+    "shared": {"backbone.shared_adaln": True},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_recorded_generation_draws_the_plain_images(load, layout, precision, setting):
+    run = load(layout, "cuda", **SETTINGS[setting])
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        plain = [drawn(run, "off", salt) for salt in "abc"]
+        recorded = [drawn(run, "auto", salt) for salt in "123abc"][3:]
+        assert _recordings(run) == 1
+        for one, other in zip(plain, recorded, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+        assert not torch.equal(recorded[0], recorded[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_tokens_of_a_compiled_recording_are_the_plain_ones(load, layout):
+    run = load(layout, "cuda", sampler="greedy")
+    torch.testing.assert_close(drawn(run, "on"), drawn(run, "off"), rtol=0, atol=1e-3)
+    assert _recordings(run) == 1
+    torch.testing.assert_close(logits(run, True), logits(run, False), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, fused = logits(run, False), logits(run, True)
+    assert (fused - plain).norm() < 1e-2 * plain.norm()
+
+
+@pytest.mark.gpu
+def test_one_generator_draws_on_from_replay_to_replay_and_the_seed_decides(load):
+    run = load(device="cuda")
+    run.generator.fast = "on"
+    rng, labels = run.rng("a"), labels_of(run)
+    first, second = (run.generator.generate(labels, rng) for _ in range(2))
+    assert not torch.equal(first, second)
+    rng = run.rng("a")
+    again = [run.generator.generate(labels, rng) for _ in range(2)]
+    assert torch.equal(first, again[0]) and torch.equal(second, again[1])
+
+
+@pytest.mark.gpu
+def test_another_batch_sampler_or_precision_is_another_recording(load):
+    run = load(device="cuda")
+    own = run.generator.params.sampler
+    sizes = {size: drawn(run, "auto", size=size) for size in (2, 6, 6, 2, 2, 6, 6, 2)}
+    assert _recordings(run) == 2
+    for size, images in sizes.items():
+        torch.testing.assert_close(images, drawn(run, "off", size=size), rtol=0, atol=1e-3)
+    with drawing_with(run, adjusted(own, {"top_k": 1})):
+        narrow = [drawn(run, "on") for _ in range(2)]
+        torch.testing.assert_close(narrow[1], drawn(run, "off"), rtol=0, atol=1e-3)
+    assert not torch.equal(narrow[0], sizes[6])
+    assert _recordings(run) == 3
+    with torch.autocast("cuda", torch.bfloat16):
+        drawn(run, "on")
+    assert _recordings(run) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fast", ["auto", "on"])
+def test_weights_that_change_or_move_are_never_stale(load, fast, precision):
+    run = load(device="cuda", sampler="greedy")
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        before = [drawn(run, fast) for _ in range(4)][3]
+    awaken(run.generator.network, seed=1)
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        changed, plain = drawn(run, fast), drawn(run, "off")
+    assert _recordings(run) == 1
+    assert not torch.equal(changed, before)
+    if precision == torch.float32:
+        torch.testing.assert_close(changed, plain, rtol=0, atol=1e-3)
+    run.tokenizer.to("cpu").to("cuda")
+    run.generator.network.to("cpu").to("cuda")
+    awaken(run.generator.network, seed=0)
+    with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        again = [drawn(run, fast) for _ in range(4)][3]
+    torch.testing.assert_close(again, before, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fast", ["auto", "on"])
+def test_tokens_are_drawn_as_often_as_the_plain_way_draws_them(load, fast):
+    """Pearson's chi-square of two samples: the last scale's ids, both of 200 batches of 64."""
+    run = load(device="cuda", sampler="{name: top-k-top-p, top_k: 12, top_p: 0.9}")
+    made, labels = run.generator, torch.zeros(64, dtype=torch.long, device="cuda")
+    made.network.eval()
+
+    def ids(labels, rng):
+        with made._fused():
+            found = sandbox.sample(
+                made.tokenizer, made.network, made.sampler, labels, rng, no_label=5
+            )
+        return found.ids[:, -16:]
+
+    counts = []
+    for mode, salt in ((fast, "fast"), ("off", "plain")):
+        made.fast, recordings, rng = mode, Recordings(), run.rng(salt)
+        batches = [
+            recordings.run(ids, labels, rng, key=0, at_once=True)
+            if mode != "off"
+            else ids(labels, rng)
+            for _ in range(200)
+        ]
+        counts.append(torch.cat(batches).flatten().bincount(minlength=32).double())
+    one, other = counts
+    assert one.sum() == other.sum()
+    known = (one + other) > 0
+    chi = ((one - other).square() / (one + other))[known].sum()
+    freedom = known.sum() - 1
+    # Tokens of one image depend on one another, which widens the tail; hence a wide margin.
+    assert chi < 3 * (freedom + 5 * (2 * freedom).sqrt())
+
+
+class Waiting:
+    """A sampler that waits for the device."""
+
+    class Params(sandbox.Params):
+        """Nothing to set."""
+
+    def guidance(self, progress):
+        return 0.0
+
+    def draw(self, logits, progress, rng):
+        picked = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=rng)
+        assert picked.max().item() < logits.shape[-1]
+        return picked.view(logits.shape[:2])
+
+
+@pytest.mark.gpu
+def test_a_sampler_that_waits_draws_plainly_and_a_warning_tells(load):
+    run = load(device="cuda")
+    run.generator.sampler = Waiting()
+    plain = [drawn(run, "off"), *(drawn(run, "auto") for _ in range(3))][0]
+    with pytest.warns(NotRecorded, match="so slower"):
+        assert torch.equal(drawn(run, "auto"), plain)
+    assert torch.equal(drawn(run, "auto"), plain)
+
+
+@pytest.mark.gpu
+def test_a_recorded_generation_does_not_wait_for_the_device(load):
+    run = load(device="cuda")
+    drawn(run, "on")
+    labels, rng = labels_of(run), run.rng("a")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.generator.generate(labels, rng)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _recordings(run):
+    calls = run.generator._recordings._calls.values()
+    return sum(not isinstance(call, int) for call in calls)
