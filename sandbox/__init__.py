@@ -41,7 +41,7 @@ _HOME = {
     "parts": ["Params", "Part"],
     "pictures": ["to_rgb"],
     "precision": ["exact_float32"],
-    "provenance": ["device_name", "memory_bytes"],
+    "provenance": ["chose", "device_name", "memory_bytes"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],
