@@ -112,6 +112,8 @@ class VAR(nn.Module):
         modulations = self._modulations(cond)
         if self.training and self.last_drop:
             modulations = with_drop_path(modulations, self.last_drop)
+        if self.training:
+            self._rehearse(x)
         for block, modulation in zip(self.blocks, modulations, strict=True):
             run = block if self.training else block.forward  # only training is ever compiled
             x = run(x, modulation.to(x.dtype), self.mask)
@@ -177,6 +179,15 @@ class VAR(nn.Module):
     def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
         """What a state dict in our layout says of its model, for messages about mismatches."""
         return published_model.describe(state)
+
+    def _rehearse(self, x: Float[Tensor, "b l d"]) -> None:
+        """Show the attention what it will get in the blocks, where it may be compiled."""
+        attention = self.blocks[0].attn
+        rehearse = getattr(attention.backend, "rehearse", None)
+        if rehearse and not torch.compiler.is_compiling():
+            q = rearrange(x.detach(), "b l (heads e) -> b heads l e", heads=attention.num_heads)
+            q.requires_grad_(torch.is_grad_enabled())
+            rehearse(q, q, q, self.mask, attention.scale)
 
     def _dtype(self) -> torch.dtype:
         """What the blocks compute in: autocast's type inside autocast, else the weights'."""
