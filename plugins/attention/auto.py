@@ -20,6 +20,8 @@ from .plain import Attention, SdpaAttention, request_of
 
 UNMEASURED = "sdpa"
 """What is taken where nothing was measured; it honours every call."""
+MEASURED_ON = "cuda"
+"""The type of device on which it is worth while."""
 CANDIDATES: dict[str, type[Attention]] = {
     UNMEASURED: SdpaAttention,
     "cudnn": CudnnAttention,
@@ -81,18 +83,11 @@ class AutoAttention(Attention):
         self._pick(q, k, v, mask, scale)
 
     def _pick(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str:
-        if q.device.type != "cuda":
+        if q.device.type != MEASURED_ON:
             return UNMEASURED
         request = request_of(q, k, v, mask)
-        kind = Kind(
-            q.device,
-            q.dtype,
-            tuple(q.shape),
-            request.num_keys,
-            mask.kind,
-            mask.step_lens,
-            request.needs_grad,
-        )
+        whose = q.device, q.dtype, tuple(q.shape), request.num_keys
+        kind = Kind(*whose, mask.kind, mask.step_lens, request.needs_grad)
         if torch.compiler.is_compiling():
             return _remembered(*kind)
         if kind not in self._told and _is_at_work(q):
