@@ -64,6 +64,7 @@ def _alone_with(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(path.with_suffix(".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # a fork may still have it open
         yield
 
 
