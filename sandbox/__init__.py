@@ -43,7 +43,7 @@ _HOME = {
     "parts": ["Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
     "precision": ["exact_float32"],
-    "provenance": ["device_name", "memory_bytes"],
+    "provenance": ["chose", "device_name", "memory_bytes"],
     "replay": ["NotRecorded", "Recordings", "places"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],

@@ -144,7 +144,11 @@ class TrainableTokenizer(Tokenizer, Protocol):
 
 @runtime_checkable
 class AttentionBackend(Protocol):
-    """Computes attention, or says why it cannot; never ignores a mask. Built as `Class(params)`."""
+    """Computes attention, or says why it cannot; never ignores a mask. Built as `Class(params)`.
+
+    One may also have `rehearse(q, k, v, mask, scale)`, which gives nothing: a backbone calls it
+    before compiled code attends to tensors like these, since a backend cannot measure in there.
+    """
 
     def refusal(self, request: AttentionRequest) -> str | None:
         """Why this call cannot be honoured, or None if it can."""

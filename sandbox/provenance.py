@@ -1,14 +1,40 @@
-"""What a result depends on besides its recipe: versions, machine, code state."""
+"""What a result depends on besides its recipe: versions, machine, code state, parts' choices."""
 
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 PACKAGES = ("torch", "timm", "einops", "xformers", "torchmetrics", "pluggy", "pydantic")
+
+Listener = Callable[[str, str, str, str], None]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def chose(what: str, case: str, chosen: str, why: str) -> None:
+    """Tell the run, if there is one, what a part chose by itself: the kernel of a shape, say.
+
+    It is kept in `environment.json` under `choices`, `what` and `case`; `why` is told the person
+    who watches. Parts choose so only where no choice changes what is computed.
+    """
+    if listener := _listener.get():
+        listener(what, case, chosen, why)
+
+
+@contextmanager
+def choices_told_to(listener: Listener) -> Iterator[None]:
+    """Let `listener` hear of each `chose` within this context."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def environment(device: torch.device, command: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from sandbox.errors import RunError, SandboxError
 from sandbox.hooks import ObserverHooks
 from sandbox.interfaces import Observer
 from sandbox.parts import Part
-from sandbox.provenance import environment
+from sandbox.provenance import choices_told_to, environment
 from sandbox.recipe import Recipe
 from sandbox.task import Task
 from sandbox.values import Role
@@ -76,6 +76,19 @@ class LiveRun(Assembly):
     def say(self, text: str) -> None:
         self.log("message", text=text)
         self._tell("message", text=text)
+
+    def keep_choice(self, what: str, case: str, chosen: str, why: str) -> None:
+        """Keep in `environment.json` what a part chose; tell of each outcome once, at its first."""
+        if rank() > 0:
+            return
+        path = self.folder / "environment.json"
+        facts = json.loads(path.read_text())
+        known = facts.setdefault("choices", {}).setdefault(what, {})
+        if chosen not in known.values():
+            self.say(f"{what}: {chosen} for {case} ({why}); all choices are in {path.name}")
+        if known.get(case) != chosen:
+            known[case] = chosen
+            write_json(path, facts)
 
     def picture(self, name: str, images: Tensor, columns: int) -> Path:
         path = self.task_folder / f"{name}.png"
@@ -149,7 +162,7 @@ def execute(
 def _lead(run: LiveRun) -> dict[str, Any]:
     outcome = _Outcome()
     try:
-        with _warnings_said(run), _current(run.device):
+        with _warnings_said(run), choices_told_to(run.keep_choice), _current(run.device):
             _run_tasks(run, outcome)
     except BaseException as error:
         outcome.error = error
@@ -169,7 +182,7 @@ def _follow(run: LiveRun) -> dict[str, Any]:
     barrier()  # the folder stands
     outcome = _Outcome()
     try:
-        with _warnings_said(run), _current(run.device):
+        with _warnings_said(run), choices_told_to(run.keep_choice), _current(run.device):
             _run_tasks(run, outcome)
     except BaseException as error:
         if _is_unexpected(error) and first_to_fail():

@@ -435,3 +435,26 @@ def test_a_full_disk_stops_the_run_in_one_line_and_it_goes_on_later(tmp_path, wh
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, out + err
     assert_same(folder, whole)
+
+
+def test_what_parts_choose_is_kept_with_the_environment_and_told_once(
+    start, tmp_path, registry, monkeypatch
+):
+    def choosing(self, run):
+        for case, chosen in [("small", "quick"), ("large", "quick"), ("huge", "thrifty")] * 2:
+            sandbox.chose("kernel", case, chosen, f"{case} things")
+        return {}
+
+    monkeypatch.setattr(registry.find(sandbox.Task, "sample"), "run", choosing)
+    tasks = "tasks=[{name: sample, num_images: 1, untrained: true}]"
+    start(tmp_path / "run", tasks)
+    facts = json.loads((tmp_path / "run/environment.json").read_text())
+    assert facts["choices"] == {
+        "kernel": {"small": "quick", "large": "quick", "huge": "thrifty"},
+    }
+    told = [e["text"] for e in log(tmp_path / "run") if e["event"] == "message"]
+    assert told == [
+        "kernel: quick for small (small things); all choices are in environment.json",
+        "kernel: thrifty for huge (huge things); all choices are in environment.json",
+    ]
+    sandbox.chose("kernel", "small", "quick", "nobody listens outside of a run")

@@ -8,11 +8,13 @@ from typing import Any
 
 import sandbox
 
-from .kernels import FlexAttention, XformersAttention
-from .plain import AutoAttention, MathAttention, SdpaAttention
+from .auto import AutoAttention
+from .kernels import CudnnAttention, FlexAttention, XformersAttention
+from .plain import MathAttention, SdpaAttention
 
 __all__ = [
     "AutoAttention",
+    "CudnnAttention",
     "FlexAttention",
     "MathAttention",
     "SdpaAttention",
@@ -26,6 +28,7 @@ def sandbox_register(register: Any) -> None:
         "auto": AutoAttention,
         "math": MathAttention,
         "sdpa": SdpaAttention,
+        "cudnn": CudnnAttention,
         "xformers": XformersAttention,
         "flex": FlexAttention,
     }.items():

@@ -1,6 +1,6 @@
-"""The backends with kernels of their own: xformers and FlexAttention.
+"""The backends with kernels of their own: cuDNN, xformers and FlexAttention.
 
-Both turn the description of a mask into what their kernels read, once for all layers of a model.
+Each turns the description of a mask into what its kernels read, once for all layers of a model.
 """
 
 import ctypes
@@ -15,11 +15,38 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sandbox import AttentionRequest, Mask
 
-from .plain import Attention, kept
+from .plain import Attention, SdpaAttention, kept
+
+
+class CudnnAttention(SdpaAttention):
+    """`scaled_dot_product_attention` with cuDNN's kernels and no others: CUDA, 16 bits.
+
+    By itself PyTorch takes them for some calls on some GPUs only. Which calls they are for is asked
+    of PyTorch.
+    """
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        if torch.device(request.device).type != "cuda":
+            return f"cuDNN attends on CUDA devices only, not on {request.device}"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"cuDNN has attention in 16 bits only, not in {request.dtype}"
+        return _cudnn_limit(
+            request.device,
+            request.dtype,
+            (request.num_queries, request.num_keys, request.head_dim),
+            request.mask.kind,
+            request.needs_grad,
+        )
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return super().compute(q, k, v, mask, scale)
 
 
 class XformersAttention(Attention):
@@ -50,7 +77,7 @@ class XformersAttention(Attention):
             bias = _step_bias(mask.step_lens, q.device, q.dtype).expand(b, heads, n, -1)
         elif mask.kind == "dense":
             bias = _bias(mask.to_tensor(q.device), q.dtype).expand(b, heads, n, -1)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+        q, k, v = (_channels_together(x.transpose(1, 2)) for x in (q, k, v))
         out = ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale)
         return out.transpose(1, 2)
 
@@ -58,8 +85,8 @@ class XformersAttention(Attention):
 class FlexAttention(Attention):
     """FlexAttention: kernels that skip the blocks of 128 x 128 scores in which all is hidden.
 
-    On CUDA it is compiled at the first call of each mask (seconds). On a CPU it is the unfused form
-    without a backward pass: good for checking, not for speed. Where nothing is hidden, as in
+    On CUDA it is compiled at the first call of each shape (seconds). On a CPU it is the unfused
+    form without a backward pass: good for checking, not for speed. Where nothing is hidden, as in
     stepwise sampling, there is no block to skip: such calls go to `scaled_dot_product_attention`.
     """
 
@@ -85,9 +112,14 @@ class FlexAttention(Attention):
             blocks = _dense_blocks(mask.to_tensor(q.device))
         else:
             blocks = _step_blocks(mask.step_lens, q.device)
-        with warnings.catch_warnings():  # on a CPU it asks to be compiled, which would not help
+        from torch.nn.attention.flex_attention import flex_attention
+
+        if q.device.type == "cuda":
+            with torch._dynamo.config.patch(recompile_limit=256):  # beyond it would be unfused
+                return _compiled_flex()(q, k, v, block_mask=blocks, scale=scale)
+        with warnings.catch_warnings():  # it asks to be compiled, which would not help here
             warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-            return _flex(q.device.type)(q, k, v, block_mask=blocks, scale=scale)
+            return flex_attention(q, k, v, block_mask=blocks, scale=scale)
 
 
 @kept
@@ -102,6 +134,11 @@ def _bias(allowed: Bool[Tensor, "n p"], dtype: torch.dtype) -> Float[Tensor, "n 
     n, p = allowed.shape
     padded = torch.zeros(n, (p + 7) // 8 * 8, dtype=dtype, device=allowed.device)
     return padded[:, :p].masked_fill_(~allowed, -torch.inf)
+
+
+def _channels_together(x: Float[Tensor, "b n heads e"]) -> Float[Tensor, "b n heads e"]:
+    """All that xformers asks of where the numbers stand; a view of a larger tensor will do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @kept
@@ -122,10 +159,11 @@ def _blocks(visible: Callable[..., Tensor], n: int, p: int, device: torch.device
 
 
 @cache
-def _flex(device_type: str) -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., Tensor]:
+    """For one shape at a time: what a kernel is, and its speed, then depends on no call before."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @cache
@@ -147,7 +185,10 @@ def _xformers_limit(
     """What xformers itself says of such a call, asked with one of 8 tokens."""
     if find_spec("xformers") is None:
         return "xformers is not installed"
-    fmha = _xformers_ops().fmha
+    try:
+        fmha = _xformers_ops().fmha
+    except Exception as error:  # what its compiled code was made for is not what is here
+        return f"xformers cannot be loaded: {' '.join(f'{type(error).__name__}: {error}'.split())}"
     q = torch.empty(1, 8, 1, head_dim, device=device, dtype=dtype)
     bias = torch.empty(1, 1, 8, 8, device=device, dtype=dtype) if biased else None
     inputs = fmha.Inputs(q, q, q, attn_bias=bias, scale=1.0)
@@ -159,3 +200,19 @@ def _xformers_limit(
         if not reasons:
             return None
     return f"xformers ({kernels.FwOp.NAME}): " + "; ".join(dict.fromkeys(reasons))
+
+
+@kept
+def _cudnn_limit(
+    device: str, dtype: torch.dtype, sizes: tuple[int, int, int], kind: str, needs_grad: bool
+) -> str | None:
+    """What PyTorch says of cuDNN for such a call, asked with one head."""
+    n, p, e = sizes
+    q = torch.empty(1, 1, n, e, device=device, dtype=dtype, requires_grad=needs_grad)
+    k = torch.empty(1, 1, p, e, device=device, dtype=dtype, requires_grad=needs_grad)
+    masked = kind in ("steps", "dense")
+    mask = torch.ones(n, p, device=device, dtype=torch.bool) if masked else None
+    asked = SDPAParams(q, k, k, mask, 0.0, kind == "causal", False)
+    if can_use_cudnn_attention(asked):
+        return None
+    return f"PyTorch has no cuDNN attention for {n} queries, {p} keys, {e} channels, mask: {kind}"

@@ -37,7 +37,7 @@ class Attention(ABC):
         mask: Mask,
         scale: float,
     ) -> Float[Tensor, "b heads n e"]:
-        if reason := self.refusal(_request(q, k, v, mask)):
+        if reason := self.refusal(request_of(q, k, v, mask)):
             raise ValueError(f"{type(self).__name__} cannot honour this call: {reason}")
         return self.compute(q, k, v, mask, scale)
 
@@ -82,31 +82,8 @@ class SdpaAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
 
 
-class AutoAttention(Attention):
-    """The first of `sdpa`, `math` that does not refuse: fixed, not measured, so runs repeat.
-
-    `sdpa` refuses nothing, so it is what `auto` means today. It was also the fastest on an H200 in
-    bfloat16, forward and backward, under the published masks of 680 and of 2240 tokens.
-    """
-
-    def __init__(self, params: sandbox.Params) -> None:
-        super().__init__(params)
-        self.backends = [cls(cls.Params()) for cls in (SdpaAttention, MathAttention)]
-
-    def limit(self, request: AttentionRequest) -> str | None:
-        return None if self._chosen(request) else "neither sdpa nor math can"
-
-    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        backend = self._chosen(_request(q, k, v, mask))
-        assert backend is not None, "compute() follows a refusal of None"
-        return backend.compute(q, k, v, mask, scale)
-
-    def _chosen(self, request: AttentionRequest) -> Attention | None:
-        willing = (backend for backend in self.backends if backend.limit(request) is None)
-        return next(willing, None)
-
-
-def _request(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> AttentionRequest:
+def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> AttentionRequest:
+    """The description of a call."""
     return AttentionRequest(
         device=str(q.device),
         dtype=q.dtype,
@@ -148,7 +125,7 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
     Outside inference mode, since autograd may not save a tensor that was made inside; and as a
     constant under torch.compile, which would otherwise trace how it is made, in every layer.
     """
-    made = lru_cache(maxsize=16)(torch.inference_mode(False)(make))
+    made = lru_cache(maxsize=64)(torch.inference_mode(False)(make))
 
     @torch.compiler.assume_constant_result
     @wraps(make)

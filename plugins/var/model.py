@@ -8,7 +8,6 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,14 +124,12 @@ class VAR(nn.Module):
         x = torch.cat([self._first(cond), self._read(contexts[:, first:])], dim=1)
         x = x + self._places(slice(None))
         modulations = self._modulations(cond)
-        if self.training and self.last_drop:
-            modulations = with_drop_path(modulations, self.last_drop)
-        draws = self.params.dropout > 0  # paths and labels were drawn above, once
+        if self.training:
+            self._rehearse(x)
+            if self.last_drop:
+                modulations = with_drop_path(modulations, self.last_drop)
         for block, modulation in zip(self.blocks, modulations, strict=True):
-            run = block if self.training else block.forward  # only training is ever compiled
-            if self.training and self.params.recompute:
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=draws)
-            x = run(x, modulation.to(x.dtype), self.mask)
+            x = self._through(block, x, modulation.to(x.dtype))
         return x, cond
 
     def logits(
@@ -204,6 +201,28 @@ class VAR(nn.Module):
     def describe(state: Mapping[str, Tensor]) -> dict[str, str]:
         """What a state dict in our layout says of its model, for messages about mismatches."""
         return published_model.describe(state)
+
+    def _through(
+        self, block: Block, x: Float[Tensor, "b l d"], modulation: Float[Tensor, "b 1 6 d"]
+    ) -> Float[Tensor, "b l d"]:
+        """The block, plainly; in training compiled and computed again, where that is asked for."""
+        if not self.training:
+            return block.forward(x, modulation, self.mask)
+        if not self.params.recompute:
+            return block(x, modulation, self.mask)
+        draws = self.params.dropout > 0  # paths and labels were drawn before, once
+        return checkpoint(
+            block, x, modulation, self.mask, use_reentrant=False, preserve_rng_state=draws
+        )
+
+    def _rehearse(self, x: Float[Tensor, "b l d"]) -> None:
+        """Show the attention what it will get in the blocks, where it may be compiled."""
+        attention = self.blocks[0].attn
+        rehearse = getattr(attention.backend, "rehearse", None)
+        if rehearse and not torch.compiler.is_compiling():
+            q = rearrange(x.detach(), "b l (heads e) -> b heads l e", heads=attention.num_heads)
+            q.requires_grad_(torch.is_grad_enabled())
+            rehearse(q, q, q, self.mask, attention.scale)
 
     def _dtype(self) -> torch.dtype:
         """What the blocks compute in: autocast's type inside autocast, else the weights'."""

@@ -144,8 +144,9 @@ def _tokenizer(case: _Case) -> None:
 
 def _attention(case: _Case) -> None:
     staircase = torch.ones(5, 7).tril(2).bool()
-    calls = [(Mask(), 3, 9), (Mask(dense=staircase), 5, 7)]
-    calls += [(Mask(layout.lens), layout.seq_len, layout.seq_len) for layout in LAYOUTS]
+    calls = [(Mask(), 3, 9), (Mask(), 1, 1), (Mask(dense=staircase), 5, 7)]
+    layouts = (*LAYOUTS, Layout.pyramid(1, 2, 4, (8, 7), (9, 8)))  # over several blocks of 64
+    calls += [(Mask(layout.lens), layout.seq_len, layout.seq_len) for layout in layouts]
     for mask, num_queries, num_keys in calls:
         for needs_grad in (False, True):
             attention_law(

@@ -39,12 +39,14 @@ def attention_law(
     needs_grad: bool = True,
     tolerance: float = 1e-4,
 ) -> str | None:
-    """Equal to the formula in float64, forward and backward; or refused, which is returned."""
-    rng = randomly(seed)
-    shapes = [(2, heads, n, head_dim) for n in (num_queries, num_keys, num_keys, num_queries)]
-    drawn = [torch.randn(shape, generator=rng).to(device, dtype) for shape in shapes]
-    *inputs, pull = drawn
-    q, k, v = (x.requires_grad_(needs_grad) for x in inputs)
+    """Equal to the formula in float64, forward and backward; or refused, which is returned.
+
+    The tensors stand in memory as networks have them: heads beside channels, and keys and values at
+    the beginning of a longer cache. None is changed, nor is any random state.
+    """
+    q, k, v, pull = _attended((num_queries, num_keys), heads, head_dim, seed, device, dtype)
+    for x in (q, k, v):
+        x.requires_grad_(needs_grad)
     request = AttentionRequest(
         str(q.device), dtype, head_dim, num_queries, num_keys, mask, needs_grad
     )
@@ -56,7 +58,15 @@ def attention_law(
         except ValueError:
             return reason
         raise AssertionError(f"attend refuses with ValueError what refusal() refuses: {reason}")
+    before, state = [x.detach().clone() for x in (q, k, v)], _random_state(q.device)
+    if rehearse := getattr(backend, "rehearse", None):
+        holds(rehearse(q, k, v, mask, 0.3) is None, "rehearse gives nothing")
     out = backend.attend(q, k, v, mask, 0.3)
+    again = backend.attend(q, k, v, mask, 0.3)
+    holds(out.dtype == dtype, f"the output's type is that of the values, got {out.dtype}")
+    holds(torch.equal(out, again), "the same call gives the same numbers")
+    holds(all(map(torch.equal, (q, k, v), before)), "attend leaves what it is given as it was")
+    holds(all(map(torch.equal, _random_state(q.device), state)), "attend draws no random number")
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     scores = 0.3 * exact[0] @ exact[1].mT
     if (allowed := mask.to_tensor(device)) is not None:
@@ -69,6 +79,24 @@ def attention_law(
         for name, one, other in zip("qkv", found, wanted, strict=True):
             agree(one.double(), other, f"the gradient of {name} is that of the formula", tolerance)
     return None
+
+
+def _attended(
+    lens: tuple[int, int], heads: int, head_dim: int, seed: int, device: str, dtype: torch.dtype
+) -> list[Tensor]:
+    """Queries, keys, values, and a pull on the output."""
+    rng, (num_queries, num_keys) = randomly(seed), lens
+    longer = (2, heads, num_keys + 3, head_dim)
+    q, pull = (torch.randn(2, num_queries, heads, head_dim, generator=rng) for _ in range(2))
+    k, v = (torch.randn(longer, generator=rng) for _ in range(2))
+    q, k, v, pull = (x.to(device, dtype) for x in (q, k, v, pull))
+    return [q.transpose(1, 2), k[:, :, :num_keys], v[:, :, :num_keys], pull.transpose(1, 2)]
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """The CPU's, and that of this one GPU."""
+    own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *own]
 
 
 def backbone_law(backbone: Backbone, tokens: Tokens, seed: int = 0) -> None:

@@ -221,6 +221,27 @@ def test_the_attention_backend_changes_nothing_but_how_it_is_computed():
     torch.testing.assert_close(plain(contexts, labels), fused(contexts, labels))
 
 
+class Rehearsing(SdpaAttention):
+    """Remembers what it was shown."""
+
+    def rehearse(self, q, k, v, mask, scale):
+        kept = q.shape, k.shape, v.shape, mask, scale, q.dtype, q.requires_grad
+        self.rehearsed = [*getattr(self, "rehearsed", []), kept]
+
+
+def test_training_shows_the_attention_what_is_to_come_where_it_cannot_measure():
+    layout = Layout.pyramid(1, 2, 3)
+    model = awake(build(layout, Rehearsing))
+    backend, (contexts, labels) = model.blocks[0].attn.backend, inputs(layout, 0)
+    stepwise(model, contexts, labels)
+    model(contexts, labels)
+    assert not hasattr(backend, "rehearsed")  # there, nothing is ever compiled
+    model.train()(contexts, labels)
+    shape = (2, 2, layout.seq_len, 8)
+    expected = (shape, shape, shape, model.mask, 1.0, torch.float32, True)
+    assert backend.rehearsed == [expected]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_parameter_gets_a_gradient(shared):
     model = awake(build(Layout.pyramid(1, 2), shared_adaln=shared))

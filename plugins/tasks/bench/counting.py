@@ -28,7 +28,7 @@ HOW = {
     "own; `rest` is what is left of those calls' whole; on a GPU, waiting for launches counts "
     "where it happens",
     "first_seconds": "a generation's first call, with all that is set up then: compiled kernels "
-    "where they were never built before, and a CUDA graph",
+    "and attention's picks where there were none before, and a CUDA graph",
     "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",

@@ -1,0 +1,114 @@
+"""The backend that takes whichever of the others is fastest, by measurement.
+
+The one idea to hold: a pick is made once for each kind of call on a GPU and then kept, in memory
+and in a file for the runs to come, so that the same settings on the same machine go the same way.
+What is traced or captured only looks up what was picked before.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import sandbox
+from sandbox import AttentionRequest, Mask
+
+from .kernels import CudnnAttention, FlexAttention, XformersAttention
+from .measuring import fastest
+from .picks import settled
+from .plain import Attention, SdpaAttention, request_of
+
+UNMEASURED = "sdpa"
+"""What is taken where nothing was measured; it honours every call."""
+MEASURED_ON = "cuda"
+"""The type of device on which it is worth while."""
+CANDIDATES: dict[str, type[Attention]] = {
+    UNMEASURED: SdpaAttention,
+    "cudnn": CudnnAttention,
+    "xformers": XformersAttention,
+    "flex": FlexAttention,
+}
+
+
+class Kind(NamedTuple):
+    """What tells one call's speed from another's."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the queries: `b heads n e`."""
+    num_keys: int
+    mask: str
+    step_lens: tuple[int, ...] | None
+    needs_grad: bool
+
+    def __str__(self) -> str:
+        b, heads, n, e = self.shape
+        mask = self.mask
+        if mask == "steps" and self.step_lens is not None:
+            mask = f"steps of {' '.join(map(str, self.step_lens))}"
+        return (
+            f"{b} x {heads} heads of {e}, {n} queries, {self.num_keys} keys, mask: {mask}, "
+            f"{str(self.dtype).removeprefix('torch.')}, "
+            + ("forward and backward" if self.needs_grad else "forward")
+        )
+
+
+_picks: dict[Kind, str] = {}
+"""What this process has picked."""
+
+
+class AutoAttention(Attention):
+    """On a GPU the fastest of `sdpa`, `cudnn`, `xformers` and `flex`, as measured; else `sdpa`.
+
+    The first call of each kind (shape, dtype, mask, with gradients or not) measures those that do
+    not refuse it, on its own tensors. The pick is kept beside torch's caches, by GPU and versions,
+    and told to the run. Within torch.compile, or while a CUDA graph is captured, nothing is
+    measured: a kind not met or rehearsed before goes to `sdpa` there.
+    """
+
+    def __init__(self, params: sandbox.Params) -> None:
+        super().__init__(params)
+        self.backends = {name: cls(cls.Params()) for name, cls in CANDIDATES.items()}
+        self._told: set[Kind] = set()
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        return self.backends[UNMEASURED].limit(request)
+
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        return self.backends[self._pick(q, k, v, mask, scale)].compute(q, k, v, mask, scale)
+
+    def rehearse(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> None:
+        """Pick for calls like this one."""
+        self._pick(q, k, v, mask, scale)
+
+    def _pick(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str:
+        if q.device.type != MEASURED_ON:
+            return UNMEASURED
+        request = request_of(q, k, v, mask)
+        whose = q.device, q.dtype, tuple(q.shape), request.num_keys
+        kind = Kind(*whose, mask.kind, mask.step_lens, request.needs_grad)
+        if torch.compiler.is_compiling():
+            return _remembered(*kind)
+        if kind not in self._told and _is_at_work(q):
+            able = dict(self.backends)
+            if mask.kind == "full":
+                del able["flex"]  # it would hand the call on to sdpa
+            pick = settled(
+                q.device, able, str(kind), lambda: fastest(able, request, (q, k, v), scale)
+            )
+            _picks[kind] = pick.name
+            self._told.add(kind)
+            sandbox.chose("attention", str(kind), pick.name, pick.why)
+        return _picks.get(kind, UNMEASURED)
+
+
+@torch.compiler.assume_constant_result
+def _remembered(*kind: object) -> str:
+    """A constant where it is traced, so that what is picked later compiles nothing anew."""
+    return _picks.get(Kind(*kind), UNMEASURED)  # type: ignore[arg-type]
+
+
+def _is_at_work(q: Tensor) -> bool:
+    """Whether calls are carried out now: neither captured nor traced (by a subclass of tensors)."""
+    return type(q) in (Tensor, nn.Parameter) and not torch.cuda.is_current_stream_capturing()
