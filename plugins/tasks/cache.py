@@ -78,7 +78,7 @@ def cached(
         run.say(f"encoding {passes * size:,} {split} images once, for {folder.name}")
         size_at_once = min(batch_size, _BATCH_SIZE)
         compiled = compile and run.device.type == "cuda" and passes * size >= _NUM_COMPILED
-        with coding(run.device, precision), _encoder(run, size_at_once, compiled) as encode:
+        with _encoder(run, size_at_once, compiled) as encode, coding(run.device, precision):
             _write(run, split, encode, size_at_once, passes, size, folder)
     sandbox.barrier()
     # Mapped for copy on write, since torch takes no read-only array; nothing is written.

@@ -39,7 +39,7 @@ def coding(device: torch.device, precision: CodingPrecision) -> AbstractContextM
 
 @contextmanager
 def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator[None]:
-    """Many batches of one size, within this context.
+    """Many batches of one size, within this context; their precision is to be set within it too.
 
     Where the tokenizer has an `autoencoder`, its convolutions lie in a GPU's fastest memory order;
     `compiled`, its halves are built for that size. They round otherwise, as any other kernel does.

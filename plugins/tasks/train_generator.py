@@ -100,11 +100,11 @@ class TrainGenerator:
         return result
 
     def _source(self, run: sandbox.Run, split: sandbox.Split) -> sandbox.Dataset:
-        if not self.params.cache:
-            return run.dataset
-        passes = self.params.cache_passes if split == "train" else 1
-        limit = None if split == "train" else self.params.num_validation_images
         params = self.params
+        if not params.cache:
+            return run.dataset
+        passes = params.cache_passes if split == "train" else 1
+        limit = None if split == "train" else params.num_validation_images
         return cached(
             run,
             split,

@@ -1,5 +1,6 @@
 """Precisions of encoders: what is computed in them, what they leave, and that caches tell them."""
 
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 import sandbox
 from sandbox import Batch
 from sandbox_plugins.autoencoders import CNN
-from sandbox_plugins.tasks import cache
+from sandbox_plugins.tasks import cache, encoding
 from sandbox_plugins.tasks.cache import cached
 from sandbox_plugins.tasks.encoding import coding, coding_precision, coding_precisions, in_bulk
 
@@ -98,6 +99,25 @@ def test_a_cache_is_written_in_batches_of_a_size_that_fits(run, monkeypatch):
     cached(run, "train", 100, 1, None)
     named_by, *written = [size for size, _ in run.tokenizer.called]
     assert (named_by, written) == (1, [4, 4, 2])
+
+
+def test_what_is_laid_out_for_speed_does_not_undo_the_precision(run, monkeypatch):
+    switch, seen = torch.backends.cuda.matmul, []
+
+    @contextmanager
+    def laid_out(network, device):  # what it does on a GPU
+        before, switch.fp32_precision = switch.fp32_precision, "tf32"
+        yield
+        switch.fp32_precision = before
+
+    def prepare(images):
+        seen.append(switch.fp32_precision)
+        return run.tokenizer.encode(images)
+
+    monkeypatch.setattr(encoding, "laid_out_for_speed", laid_out)
+    run.generator.prepare = prepare
+    cached(run, "train", 5, 1, None, "float32")
+    assert seen[1:] == ["ieee", "ieee"]
 
 
 def test_features_are_cached_in_the_same_ways_as_they_are(run, monkeypatch):

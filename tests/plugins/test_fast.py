@@ -1,5 +1,7 @@
 """The fast way to draw: the same images as the plain one, on a GPU and on a CPU."""
 
+from functools import partial
+
 import pytest
 import torch
 import yaml
@@ -137,6 +139,9 @@ def test_in_half_precision_compiled_kernels_stay_close_and_read_weights_anew(loa
         assert (fused - plain).norm() < 1e-2 * plain.norm()
     assert not any("_cast" in name for name in run.generator.network.state_dict())
     assert all(parameter.requires_grad for parameter in run.generator.network.parameters())
+    (cast,) = run.generator.network._cast.values()
+    backends = {id(block.attn.backend) for block in [*cast, *run.generator.network.blocks]}
+    assert len(backends) == 1
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -148,6 +153,37 @@ def test_a_network_that_drew_with_compiled_kernels_can_be_trained(load):
         run.generator.network.train()
         run.generator.loss(ids, labels_of(run)).total.backward()
     assert all(p.grad is not None for p in run.generator.network.parameters())
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_training_and_drawing_are_compiled_side_by_side(load, device, monkeypatch):
+    settings = {"sampler": "greedy", "self_correction": 0.3, "backbone.recompute": True}
+    run = load(device=device, **settings)
+    made, network = run.generator, run.generator.network
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    network.compile = partial(network.compile, backend="aot_eager")
+    features = made.prepare(drawn(run, "off"))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def learn():
+        network.train()
+        optimizer.zero_grad()
+        torch.manual_seed(0)
+        made.loss(features, labels_of(run)).total.backward()
+        return [parameter.grad.clone() for parameter in network.parameters()]
+
+    plain, images = learn(), [drawn(run, "off")]
+    made.compile()
+    for _ in range(2):
+        gradients = learn()
+        if len(images) == 1:
+            torch.testing.assert_close(gradients, plain, rtol=1e-3, atol=1e-4)
+        optimizer.step()
+        images.append(drawn(run, "on"))
+        torch.testing.assert_close(images[-1], drawn(run, "off"), rtol=0, atol=1e-3)
+    assert network.training and not any(map(torch.equal, images, images[1:]))
 
 
 SETTINGS = {
