@@ -30,6 +30,10 @@ class RasterTokenizer(nn.Module):
         """The order of the cells; its map has the size of the feature map."""
         beta: float = Field(0.25, ge=0)
         """Weight of the commitment loss, which pulls features towards their codes."""
+        lookup_noise: float = Field(0.0, ge=0)
+        """In training, most noise, over the root mean square of the features, in the lookup of the
+        codes that are decoded; how much is drawn for each image. The decoder learns to make do with
+        codes that are not the right ones, as a generator's are (RobustTok, arXiv 2503.08354)."""
 
         @field_validator("schedule")
         @classmethod
@@ -80,11 +84,8 @@ class RasterTokenizer(nn.Module):
 
         What is looked up gets Gaussian noise of `noise` times its root mean square.
         """
-        strength = noise[:, None, None, None] * features.square().mean().sqrt()
-        disturbed = features + strength * torch.randn_like(features)
-        found, right = (
-            self._quantize(maps.float())[:, self.order] for maps in (disturbed, features)
-        )
+        maps = (_disturbed(features, noise).float(), features.float())
+        found, right = (self._quantize(each)[:, self.order] for each in maps)
         return found, right
 
     @torch.no_grad()
@@ -192,6 +193,9 @@ class RasterTokenizer(nn.Module):
         """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
         ids = self._quantize(features)
         codes = self._maps(ids)
+        if self.training and self.params.lookup_noise:
+            noise = self.params.lookup_noise * torch.rand(len(features), device=features.device)
+            codes = self._maps(self._quantize(_disturbed(features, noise)))
         loss = F.mse_loss(codes, features.detach())
         loss = loss + self.params.beta * F.mse_loss(codes.detach(), features)
         vectors = rearrange(features, "b c h w -> (b h w) c")
@@ -210,3 +214,11 @@ class RasterTokenizer(nn.Module):
 
     def _cell(self, step: int) -> tuple[int, int]:
         return divmod(self.layout.steps[step].cells[0], self.layout.size[1])
+
+
+def _disturbed(
+    features: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """The features and Gaussian noise: an image's `noise` times their root mean square."""
+    strength = noise[:, None, None, None] * features.square().mean().sqrt()
+    return features + strength * torch.randn_like(features)

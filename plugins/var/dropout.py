@@ -1,4 +1,4 @@
-"""Which scales of which images count in a training step.
+"""Which scales of which images count in a training step, and how exactly they are looked up.
 
 Leaving scales out makes the coarse ones carry more: each with the same probability (BitVAE,
 Infinity, arXiv 2412.04431), or all after the first few (ImageFolder, arXiv 2410.01756).
@@ -28,3 +28,11 @@ def kept_scales(
     lengths = torch.randint(least, num_scales + 1, (num,), device=device)
     whole = torch.rand(num, device=device) >= prefix_dropout
     return (kept & (whole | (scales < lengths))).float()
+
+
+def disturbed(
+    maps: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """The maps and Gaussian noise: an image's `noise` times the root mean square of all of them."""
+    strength = noise[:, None, None, None] * maps.square().mean().sqrt()
+    return maps + strength * torch.randn_like(maps)

@@ -20,7 +20,7 @@ import sandbox
 from sandbox import Layout, Part, Reconstruction
 
 from . import published_tokenizer
-from .dropout import kept_scales
+from .dropout import disturbed, kept_scales
 from .estimators import ESTIMATORS
 from .pyramid import Pyramid, phi_of_step
 
@@ -53,6 +53,11 @@ class VarTokenizer(nn.Module):
         as chance says, from `prefix_min` on."""
         prefix_min: int = Field(1, ge=1)
         """The fewest scales that `prefix_dropout` leaves."""
+        lookup_noise: float = Field(0.0, ge=0)
+        """In training, most noise, over the root mean square of what is looked up, in the lookup of
+        the codes that are decoded; how much is drawn for each image. The decoder learns to make do
+        with codes that are not the right ones, as a generator's are (RobustTok, arXiv 2503.08354).
+        """
 
         @field_validator("schedule")
         @classmethod
@@ -115,11 +120,7 @@ class VarTokenizer(nn.Module):
         with sandbox.exact_float32(features.device):
             for step in range(len(self.layout.steps)):
                 shrunk = self.pyramid.shrink(rest, step)
-                strength = noise[:, None, None, None] * shrunk.square().mean().sqrt()
-                for maps, ids in (
-                    (shrunk, right),
-                    (shrunk + strength * torch.randn_like(shrunk), found),
-                ):
+                for maps, ids in ((shrunk, right), (disturbed(shrunk, noise), found)):
                     vectors = rearrange(maps, "b c h w -> (b h w) c")
                     nearest = self.codebook.nearest(vectors)
                     ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
@@ -250,11 +251,13 @@ class VarTokenizer(nn.Module):
         self, features: Float[Tensor, "b c h w"]
     ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
-        p, kept, num_scales = self.params, None, len(self.layout.steps)
+        p, kept, noise, num_scales = self.params, None, None, len(self.layout.steps)
         if self.training and (p.scale_dropout or p.prefix_dropout):
             rates = p.scale_dropout, p.prefix_dropout
             kept = kept_scales(features, num_scales, *rates, p.prefix_min)
-        ids, canvases, vectors = self._quantize(features, kept=kept)
+        if self.training and p.lookup_noise:
+            noise = p.lookup_noise * torch.rand(len(features), device=features.device)
+        ids, canvases, vectors = self._quantize(features, kept=kept, noise=noise)
         target = features.detach()
         loss = torch.stack(
             [
@@ -277,11 +280,13 @@ class VarTokenizer(nn.Module):
         features: Float[Tensor, "b c h w"],
         seed: bool = False,
         kept: Float[Tensor, "k b"] | None = None,
+        noise: Float[Tensor, " b"] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per step: ids (`b n`), the canvas after it (`b c h w`) and the vectors (`(b n) c`).
 
         Gradients flow from the canvases to codes and phi, never through the residuals. Where
-        `kept` is 0 a scale of an image adds nothing.
+        `kept` is 0 a scale of an image adds nothing. With `noise` the canvases are of the codes of
+        a disturbed lookup; the ids stay those of the vectors.
         """
         rest, canvas = features.detach(), self.canvas(len(features))
         ids, canvases, vectors = [], [], []
@@ -293,7 +298,11 @@ class VarTokenizer(nn.Module):
                     self.codebook.seed(vectors[-1], step, len(self.layout.steps))
                 nearest = self.codebook.nearest(vectors[-1])
                 ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
-                grown = self._grow(self.codebook.embed(ids[-1]), step)
+                if noise is not None:
+                    others = rearrange(disturbed(shrunk, noise), "b c h w -> (b h w) c")
+                    nearest = self.codebook.nearest(others)
+                codes = self.codebook.embed(rearrange(nearest, "(b n) -> b n", b=len(features)))
+                grown = self._grow(codes, step)
                 if kept is not None:
                     grown = grown * kept[step, :, None, None, None]
                 canvas, rest = canvas + grown, rest - grown.detach()

@@ -29,7 +29,7 @@ def path(height, width, order, **settings):
     return [divmod(step.cells[0], width) for step in layout.steps]
 
 
-def build(height=2, width=3, order="row", **codebook):
+def build(height=2, width=3, order="row", lookup_noise=0.0, **codebook):
     tokenizer = RasterTokenizer(
         RasterTokenizer.Params(
             autoencoder=Part(
@@ -37,6 +37,7 @@ def build(height=2, width=3, order="row", **codebook):
             ),
             codebook=Part("vq", VQ, VQ.Params(**{"vocab_size": 16, **codebook})),
             schedule=Part("raster", Raster, Raster.Params(height=height, width=width, order=order)),
+            lookup_noise=lookup_noise,
         )
     )
     assert isinstance(tokenizer, TrainableTokenizer)
@@ -162,3 +163,16 @@ def test_maps_that_grow_and_images_of_another_size_are_refused():
         build().encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="expected 6 ids an image, got 5"):
         build().decode(torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_lookup_noise_disturbs_what_is_decoded_and_only_in_training():
+    tokenizer, plain = build(lookup_noise=2.0), build()
+    plain.load_state_dict(tokenizer.state_dict())
+    images = torch.rand(64, 3, *tokenizer.image_size) * 2 - 1
+    for each in (tokenizer, plain):
+        each.initialise([images])
+    undisturbed = plain.eval().reconstruct(images)
+    assert torch.equal(tokenizer.eval().reconstruct(images).images, undisturbed.images)
+    made = tokenizer.train().reconstruct(images)
+    assert not torch.allclose(made.images, undisturbed.images)
+    assert torch.equal(made.ids, undisturbed.ids)

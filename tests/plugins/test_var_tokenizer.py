@@ -224,6 +224,21 @@ def test_dropped_scales_add_nothing_and_only_in_training(setting):
     )
 
 
+def test_lookup_noise_disturbs_what_is_decoded_and_only_in_training():
+    torch.manual_seed(0)
+    tokenizer, plain = build(lookup_noise=2.0), build()
+    plain.load_state_dict(tokenizer.state_dict())
+    images = images_for(tokenizer, 32)
+    for each in (tokenizer, plain):
+        each.initialise([images])
+    undisturbed = plain.eval().reconstruct(images)
+    assert torch.equal(tokenizer.eval().reconstruct(images).images, undisturbed.images)
+    made = tokenizer.train().reconstruct(images)
+    assert not torch.allclose(made.images, undisturbed.images)
+    first = tokenizer.layout.spans[0]  # what is noted are the right ids, not those decoded
+    assert torch.equal(made.ids[:, first], undisturbed.ids[:, first])
+
+
 def dropouts(tokenizer):
     p = tokenizer.params
     return p.scale_dropout, p.prefix_dropout, p.prefix_min
