@@ -52,7 +52,8 @@ class Autoregressive:
         precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
         replayed: the same images, sooner. `on`: recorded at the first call, and the network's
         kernels are built for it, on a CPU too: about a minute where they were never built before,
-        and the last digits differ. Edits, and what is watched step by step, are not replayed."""
+        and the last digits differ. Edits, and what is watched step by step, are not replayed, nor
+        what a tokenizer decodes that is no `nn.Module`: nobody could tell when its weights move."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -79,8 +80,9 @@ class Autoregressive:
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
         self.fast = params.fast
         self._recordings = sandbox.Recordings()
-        parts = [self.backbone, self.tokenizer]
-        self._modules = [m for p in parts if isinstance(p, nn.Module) for m in p.modules()]
+        parts: tuple[Any, ...] = self.backbone, self.tokenizer
+        self._followed = all(isinstance(part, nn.Module) for part in parts)
+        self._modules = [m for part in parts if self._followed for m in part.modules()]
         self._shares: dict[torch.device, Tensor] = {}
         self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
 
@@ -182,7 +184,8 @@ class Autoregressive:
         self, labels: Int[Tensor, " b"], rng: torch.Generator, watch: Watch | None = None
     ) -> Float[Tensor, "b 3 h w"]:
         """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
-        if watch is not None or self.fast == "off" or labels.device.type != "cuda":
+        recorded = self.fast != "off" and labels.device.type == "cuda"
+        if watch is not None or not recorded or not self._followed:
             return self._sample(labels, rng, watch=watch)
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
