@@ -92,6 +92,11 @@ def test_the_training_steps_leave_the_weights_alone(run):
     assert not run.generator.network.training
 
 
+def test_on_and_off_are_read_as_words():
+    params = Bench.Params(fast=[False, "auto", True], compile=False)
+    assert (params.fast, params.compile) == (("off", "auto", "on"), "off")
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
 def test_what_is_compiled_has_rows_of_its_own_and_leaves_no_trace(run, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
