@@ -239,7 +239,8 @@ def plot(path: Path, found: Sequence[dict[str, Any]], ways: dict[str, Any], titl
         axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
         axes.minorticks_off()
         axes.grid(color="#eeeeee")
-        axes.legend(frameon=False, fontsize=8)
+        if axes.lines:  # a CPU may tell of no memory that grew
+            axes.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, format="png", dpi=120)
 
