@@ -38,6 +38,7 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
     """Of the queries: `b heads n e`."""
     num_keys: int
+    """Without a mask rounded up to a power of two: stepwise drawing meets every number there is."""
     mask: str
     step_lens: tuple[int, ...] | None
     needs_grad: bool
@@ -47,8 +48,9 @@ class Kind(NamedTuple):
         mask = self.mask
         if mask == "steps" and self.step_lens is not None:
             mask = f"steps of {' '.join(map(str, self.step_lens))}"
+        keys = f"{'up to ' * (mask == 'full')}{self.num_keys} keys"
         return (
-            f"{b} x {heads} heads of {e}, {n} queries, {self.num_keys} keys, mask: {mask}, "
+            f"{b} x {heads} heads of {e}, {n} queries, {keys}, mask: {mask}, "
             f"{str(self.dtype).removeprefix('torch.')}, "
             + ("forward and backward" if self.needs_grad else "forward")
         )
@@ -86,21 +88,25 @@ class AutoAttention(Attention):
         if q.device.type != MEASURED_ON:
             return UNMEASURED
         request = request_of(q, k, v, mask)
-        whose = q.device, q.dtype, tuple(q.shape), request.num_keys
+        num_keys = request.num_keys
+        if mask.kind == "full":
+            num_keys = 1 << (num_keys - 1).bit_length()
+        whose = q.device, q.dtype, tuple(q.shape), num_keys
         kind = Kind(*whose, mask.kind, mask.step_lens, request.needs_grad)
         if torch.compiler.is_compiling():
             return _remembered(*kind)
         if kind not in self._told and _is_at_work(q):
             able = dict(self.backends)
             if mask.kind == "full":
-                del able["flex"]  # it would hand the call on to sdpa
+                able.pop("flex", None)  # it would hand the call on to sdpa
             pick = settled(
                 q.device, able, str(kind), lambda: fastest(able, request, (q, k, v), scale)
             )
             _picks[kind] = pick.name
             self._told.add(kind)
             sandbox.chose("attention", str(kind), pick.name, pick.why)
-        return _picks.get(kind, UNMEASURED)
+        pick = _picks.get(kind, UNMEASURED)
+        return pick if self.backends[pick].limit(request) is None else UNMEASURED
 
 
 @torch.compiler.assume_constant_result

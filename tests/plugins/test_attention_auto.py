@@ -63,6 +63,27 @@ def test_on_a_cpu_nothing_is_measured(monkeypatch, cache):
     assert not cache.exists()
 
 
+def test_stepwise_drawing_is_measured_for_a_few_numbers_of_keys(measured, monkeypatch):
+    backend = build()
+    for num_keys in range(1, 65):
+        q, k, v = (x[:, :, :n] for x, n in zip(tensors(64), (1, num_keys, num_keys), strict=True))
+        seen = backend.attend(q, k, v, Mask(), 0.3)
+        assert torch.equal(seen, build(MathAttention).attend(q, k, v, Mask(), 0.3))
+    assert len(measured) == 7  # 1, 2, 4, 8, 16, 32, 64
+
+
+def test_what_the_pick_refuses_goes_to_sdpa(measured, monkeypatch):
+    backend = build()
+    odd = lambda self, request: "odd" if request.num_keys % 2 else None  # noqa: E731
+    monkeypatch.setattr(MathAttention, "limit", odd)
+    q, k, v = tensors(8)
+    for num_keys, taken in ((8, MathAttention), (7, SdpaAttention)):
+        few = k[:, :, :num_keys], v[:, :, :num_keys]
+        expected = build(taken).compute(q, *few, Mask(), 0.3)
+        assert torch.equal(backend.attend(q, *few, Mask(), 0.3), expected)
+    assert len(measured) == 1
+
+
 def test_each_kind_of_call_is_measured_once_and_told(measured, cache):
     told = []
     with choices_told_to(lambda *words: told.append(words)):
