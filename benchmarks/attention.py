@@ -12,7 +12,6 @@ CUDA events; then why a backend is missing, and what `auto` picked. `--shrink` d
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from timing import graphed, milliseconds
 from torch import Tensor
 
 import sandbox
@@ -194,37 +194,6 @@ def attending(
                 torch.autograd.grad(out, tensors, out.detach())
 
     return run
-
-
-def graphed(call: Callable[[], None]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def milliseconds(call: Callable[[], None], options: argparse.Namespace) -> list[float]:
-    """The time of each call, after two that do not count."""
-    times = []
-    for _ in range(options.repeats + 2):
-        if torch.device(options.device).type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - started))
-    return times[2:]
 
 
 if __name__ == "__main__":

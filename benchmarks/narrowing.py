@@ -10,10 +10,9 @@ the two differ at most: sums in float32, as sorting has them, may err about the 
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from timing import graphed, milliseconds
 from torch import Tensor
 
 from sandbox_plugins.samplers import TopKTopP
@@ -66,8 +65,10 @@ def row(rows: int, top_k: int, options: argparse.Namespace) -> str:
         return everything.draw(narrowed, 0.5, rng)
 
     pair = [graphed(call) if options.graph else call for call in (sort, search)]
-    by_sort, by_search = (milliseconds(call, options) for call in pair)
-    by_multinomial, by_race = (milliseconds(call, options) for call in (multinomial, race))
+    by_sort, by_search = (statistics.median(milliseconds(call, options)) for call in pair)
+    by_multinomial, by_race = (
+        statistics.median(milliseconds(call, options)) for call in (multinomial, race)
+    )
     return (
         f"| {rows} | {top_k or 'off'} | {by_sort:.2f} | {by_search:.2f} | {by_sort / by_search:.1f}"
         f" | {differ} | {by_multinomial:.2f} | {by_race:.2f} |"
@@ -85,37 +86,6 @@ def sorted_out(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         cut[..., -1] = False
         logits = logits.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
     return logits
-
-
-def graphed(call: Callable[[], Tensor]) -> Callable[[], None]:
-    """The call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
-def milliseconds(call: Callable[[], object], options: argparse.Namespace) -> float:
-    """The median time of a call, after two that do not count."""
-    times = []
-    for _ in range(options.repeats + 2):
-        if torch.device(options.device).type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[2:])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ _HOME = {
     "notebook": ["export", "load"],
     "parts": ["Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
-    "precision": ["exact_float32"],
+    "precision": ["exact_float32", "float32_products"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "replay": ["NotRecorded", "Recordings", "places"],
     "sampling": ["Keep", "Sampled", "sample"],

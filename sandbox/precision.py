@@ -7,7 +7,7 @@ compiles such a function calls it within `exact_float32` as well.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,17 +16,18 @@ def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Neither autocast nor TF32, in matrix products and convolutions, within this context."""
     if torch.compiler.is_compiling():
         return torch.autocast(device.type, enabled=False)
-    return _exact(device)
+    return float32_products(device, "ieee")
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def float32_products(device: torch.device, how: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """No autocast; products and convolutions of float32 on a GPU exact, or in TF32."""
     backends: Any = torch.backends  # torch leaves these switches untyped
     switches = backends.cuda.matmul, backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
-            switch.fp32_precision = "ieee"
+            switch.fp32_precision = how
         with torch.autocast(device.type, enabled=False):
             yield
     finally:

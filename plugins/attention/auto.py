@@ -56,8 +56,8 @@ class Kind(NamedTuple):
         )
 
 
-_picks: dict[Kind, str] = {}
-"""What this process has picked."""
+_picks: dict[tuple[object, ...], str] = {}
+"""What this process has picked, by kind."""
 
 
 class AutoAttention(Attention):
@@ -112,7 +112,7 @@ class AutoAttention(Attention):
 @torch.compiler.assume_constant_result
 def _remembered(*kind: object) -> str:
     """A constant where it is traced, so that what is picked later compiles nothing anew."""
-    return _picks.get(Kind(*kind), UNMEASURED)  # type: ignore[arg-type]
+    return _picks.get(kind, UNMEASURED)
 
 
 def _is_at_work(q: Tensor) -> bool:

@@ -69,12 +69,18 @@ class RasterTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
         """Raises ValueError unless the images have `image_size`."""
-        return self._quantize(self._features(images))[:, self.order]
+        return self._quantize(self.features(images))[:, self.order]
 
-    @torch.no_grad()
-    def features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    def features(
+        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
+    ) -> Float[Tensor, "b c h w"]:
         """What `quantize` takes. Raises ValueError unless the images have `image_size`."""
-        return self._features(images)
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
+                f"got {images.shape[2]} x {images.shape[3]}"
+            )
+        return (encode or self.autoencoder.encode)(images).float()
 
     @torch.no_grad()
     def quantize(
@@ -130,7 +136,7 @@ class RasterTokenizer(nn.Module):
     @torch.no_grad()
     def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:
         """Place the codes by images' features. Raises ValueError where there are too few."""
-        features = torch.cat([self._features(images) for images in batches])
+        features = torch.cat([self.features(images) for images in batches])
         self.codebook.seed(rearrange(features, "b c h w -> (b h w) c"), 0, 1)
 
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
@@ -139,7 +145,7 @@ class RasterTokenizer(nn.Module):
         The loss is |q - sg f|^2 + beta |sg q - f|^2 and the codebook's own penalty. In training
         mode the codebook takes note of the batch.
         """
-        features = self._features(images, self._encode if self.training else None)
+        features = self.features(images, self._encode if self.training else None)
         judge = self._judge if self.training else self._judged
         with sandbox.exact_float32(features.device):
             through, loss, ids, vectors = judge(features)
@@ -168,24 +174,14 @@ class RasterTokenizer(nn.Module):
     @torch.no_grad()
     def residual_energy(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " 1"]:
         """The share of the features' variance that the codes miss."""
-        features = self._features(images)
+        features = self.features(images)
         missing = F.mse_loss(self._maps(self._quantize(features)), features)
         return (missing / features.var(correction=0))[None]
 
     @torch.no_grad()
     def residual_vectors(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "n c"]]:
         """What the lookup sees, as one scale."""
-        return [rearrange(self._features(images), "b c h w -> (b h w) c")]
-
-    def _features(
-        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        if tuple(images.shape[2:]) != self.image_size:
-            raise ValueError(
-                f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
-                f"got {images.shape[2]} x {images.shape[3]}"
-            )
-        return (encode or self.autoencoder.encode)(images).float()
+        return [rearrange(self.features(images), "b c h w -> (b h w) c")]
 
     def _judged(
         self, features: Float[Tensor, "b c h w"]

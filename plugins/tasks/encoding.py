@@ -34,7 +34,9 @@ def coding(device: torch.device, precision: CodingPrecision) -> AbstractContextM
     """Matrix products and convolutions in this precision, whatever it is outside."""
     if precision == "float32":
         return sandbox.exact_float32(device)
-    return _tf32(device) if precision == "tf32" else torch.autocast(device.type, torch.bfloat16)
+    if precision == "tf32":
+        return sandbox.float32_products(device, "tf32")
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 @contextmanager
@@ -56,18 +58,3 @@ def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator
                 built = torch.compile(getattr(autoencoder, name), dynamic=False)
                 stack.enter_context(replaced(autoencoder, name, built))
         yield
-
-
-@contextmanager
-def _tf32(device: torch.device) -> Iterator[None]:
-    backends: Any = torch.backends  # torch leaves these switches untyped
-    switches = backends.cuda.matmul, backends.cudnn.conv
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = "tf32"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = value

@@ -99,12 +99,18 @@ class VarTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
         """Raises ValueError unless the images have `image_size`."""
-        return torch.cat(self._quantize(self._features(images))[0], dim=1)
+        return torch.cat(self._quantize(self.features(images))[0], dim=1)
 
-    @torch.no_grad()
-    def features(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    def features(
+        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
+    ) -> Float[Tensor, "b c h w"]:
         """What `quantize` takes. Raises ValueError unless the images have `image_size`."""
-        return self._features(images)
+        if tuple(images.shape[2:]) != self.image_size:
+            raise ValueError(
+                f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
+                f"got {images.shape[2]} x {images.shape[3]}"
+            )
+        return (encode or self.autoencoder.encode)(images).float()
 
     @torch.no_grad()
     def quantize(
@@ -168,7 +174,7 @@ class VarTokenizer(nn.Module):
 
         Raises ValueError where the codebook finds too few images, or features that are not finite.
         """
-        features = torch.cat([self._features(images) for images in batches])
+        features = torch.cat([self.features(images) for images in batches])
         self._quantize(features, seed=True)
 
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
@@ -178,7 +184,7 @@ class VarTokenizer(nn.Module):
         canvas after scale k, and the codebook's own penalty. In training mode the codebook takes
         note of the batch.
         """
-        features = self._features(images, self._encode if self.training else None)
+        features = self.features(images, self._encode if self.training else None)
         judge = self._judge if self.training else self._judged
         with sandbox.exact_float32(features.device):
             through, loss, ids, vectors = judge(features)
@@ -208,7 +214,7 @@ class VarTokenizer(nn.Module):
     @torch.no_grad()
     def residual_energy(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " k"]:
         """The share of the features' variance that is still missing after each scale."""
-        features = self._features(images)
+        features = self.features(images)
         canvases = self._quantize(features)[1]
         missing = torch.stack([F.mse_loss(canvas, features) for canvas in canvases])
         return missing / features.var(correction=0)
@@ -216,7 +222,7 @@ class VarTokenizer(nn.Module):
     @torch.no_grad()
     def residual_vectors(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "n c"]]:
         """What each scale's lookup sees: the features left over, shrunk to its cells."""
-        return self._quantize(self._features(images))[2]
+        return self._quantize(self.features(images))[2]
 
     def from_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """A published tokenizer's weights under our names; None where the names are not those.
@@ -236,16 +242,6 @@ class VarTokenizer(nn.Module):
     def describe(self, state: Mapping[str, Tensor]) -> dict[str, str]:
         """What can be read off a state dict (with our names), in plain words."""
         return published_tokenizer.describe(state)
-
-    def _features(
-        self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
-    ) -> Float[Tensor, "b c h w"]:
-        if tuple(images.shape[2:]) != self.image_size:
-            raise ValueError(
-                f"this tokenizer is for images of {self.image_size[0]} x {self.image_size[1]} px, "
-                f"got {images.shape[2]} x {images.shape[3]}"
-            )
-        return (encode or self.autoencoder.encode)(images).float()
 
     def _judged(
         self, features: Float[Tensor, "b c h w"]
