@@ -111,6 +111,9 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="folder; default runs/bench-RECIPE")
+    sub.add_argument(
+        "--parts", metavar="PART,...", help="generation, encoding, decoding, training; default all"
+    )
     sub.add_argument("--batch-sizes", metavar="1,8,64", help="images at a time")
     sub.add_argument(
         "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
@@ -118,7 +121,9 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fast", metavar="MODE,...", help="off, auto, on: how generation is measured")
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
     sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: what is compiled, too")
-    sub.add_argument("--profile", action="store_true", help="keep a Chrome trace of one generation")
+    sub.add_argument(
+        "--profile", action="store_true", help="keep every row's kernels, a generation's trace"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -208,6 +213,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     name = arguments.recipe.stem + ("-preview" if preview else "")
     asked = {
+        "parts": _words(arguments.parts),
         "batch_sizes": _words(arguments.batch_sizes),
         "precision": _words(arguments.precision),
         "fast": _words(arguments.fast),

@@ -129,6 +129,22 @@ def test_the_profile_is_a_chrome_trace(measured):
     assert any("mm" in event.get("name", "") for event in events)
 
 
+def test_the_profile_tells_what_ran_in_every_row(measured):
+    found = json.loads((measured / "bench.json").read_text())
+    for row in (row for part in PARTS for row in found[part]):
+        seconds = [kernel["seconds"] for kernel in row["kernels"]]
+        assert seconds == sorted(seconds, reverse=True) and min(seconds) > 0
+        assert sum(seconds) <= row["kernels_seconds"] * 1.001
+        assert any("addmm" in kernel["name"] or "conv" in kernel["name"] for kernel in row["kernels"])
+
+
+def test_only_the_parts_asked_for_are_measured(project):
+    found = bench(project, "--parts", "decoding,training")
+    assert found["decoding"] and found["training"]
+    assert not found["generation"] and not found["encoding"]
+    assert found["left_out"] == dict.fromkeys(("generation", "encoding"), "not asked for")
+
+
 def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
     found = bench(project)
     assert {row["precision"] for row in found["generation"]} == {"float32"}

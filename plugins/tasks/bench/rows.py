@@ -20,6 +20,7 @@ from ..settings import Training, autocast
 from ..upkeep import optimizer_of
 from .clock import Clock, attempt, forget_peak, peak_bytes, spread
 from .counting import Work, training_flops
+from .kernels import kernels_of
 from .split import Split, split_once
 
 _STAGES = ("forward", "backward", "optimizer")
@@ -38,6 +39,8 @@ class Setting:
     """Whether encoding, decoding and training run as compiled."""
     fast: sandbox.Switch | None = None
     """How a generator draws; None of one that has no such setting, and of other parts."""
+    profile: bool = False
+    """Whether to tell the kernels of one more call."""
 
     @property
     def plain(self) -> bool:
@@ -138,7 +141,7 @@ def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
             found = _timed(clock, lambda: step(made), setting)
         splits = [
             dict(zip(_STAGES, map(clock.seconds, marks, marks[1:]), strict=False))
-            for marks in stages[-setting.repeats :]
+            for marks in stages[setting.warmup : setting.warmup + setting.repeats]
         ]
         work = Work(counted // size, None, None) if counted else None
         return found | {"splits": splits} | shares(found["median_seconds"], size, work)
@@ -216,10 +219,12 @@ def _timed(
     seconds = clock.time(call, setting.repeats)
     found = spread(seconds)
     median = found["median_seconds"]
+    peak = peak_bytes(clock.device) if known else None
     return {
         "seconds": seconds,
         **found,
         "ms_per_image": 1000 * median / setting.batch_size,
         "images_per_second": setting.batch_size / median,
-        "peak_bytes": peak_bytes(clock.device) if known else None,
+        "peak_bytes": peak,
+        **(kernels_of(clock, call) if setting.profile else {}),
     }

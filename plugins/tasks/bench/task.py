@@ -22,7 +22,8 @@ from .split import Split, seams
 from .tables import brief, ceilings_table, split_table, table
 
 JSON, PICTURE, TRACE = "bench.json", "bench.png", "trace.json"
-PARTS = ("generation", "encoding", "decoding", "training")
+Name = Literal["generation", "encoding", "decoding", "training"]
+PARTS: tuple[Name, ...] = get_args(Name)
 
 
 class Bench:
@@ -33,6 +34,8 @@ class Bench:
     """
 
     class Params(sandbox.Params):
+        parts: tuple[Name, ...] = PARTS
+        """What is measured."""
         batch_sizes: tuple[int, ...] | None = None
         """Images at a time; when absent 1, 8 and 64, on a CPU 1 and 8."""
         precision: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = ("auto",)
@@ -45,7 +48,8 @@ class Bench:
         warmup: int = Field(2, ge=1)
         """Calls before, which are not timed."""
         profile: bool = False
-        """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show."""
+        """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show, and
+        in `bench.json` the kernels of one call of every row."""
         compile: sandbox.Switch = "auto"
         """Whether encoding, decoding and training are measured compiled too, at the largest batch
         size: minutes, on a GPU, of compiling. `auto`: on a GPU."""
@@ -59,11 +63,11 @@ class Bench:
                 raise ValueError("expected sizes from 1 up, as in 1,8,64")
             return tuple(dict.fromkeys(sizes))
 
-        @field_validator("precision")
+        @field_validator("parts", "precision")
         @classmethod
         def _some(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
             if not asked:
-                raise ValueError("expected at least one, as in float32,bfloat16")
+                raise ValueError("expected at least one")
             return asked
 
     def __init__(self, params: Params) -> None:
@@ -123,24 +127,30 @@ class Bench:
             "copy": copy(clock),
         }
         found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+        asked = self.params.parts
+        absent |= dict.fromkeys((part for part in PARTS if part not in asked), "not asked for")
         if run.settings("generator"):
-            found["generation"] = self._generation(run, clock, absent)
+            if "generation" in asked:
+                found["generation"] = self._generation(run, clock, absent)
         else:
             absent |= dict.fromkeys(("generation", "training"), "the recipe names no generator")
         if run.settings("tokenizer"):
             for part, measure in {"encoding": encoding, "decoding": decoding}.items():
+                if part not in asked:
+                    continue
                 precisions = self._coding_precisions(run.device)
                 found[part] = self._rows(run, part, measure, clock, precisions=precisions)
         else:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
-            if self.params.profile:
+            if self.params.profile and "generation" in asked:
                 where = self._precisions(run.device)[0], min(self._sizes(run.device))
                 setting = self._setting(*where, fast=self._modes(run)[-1])
                 kept = attempt(lambda: _keep_trace(run, setting))
                 if kept["status"] != "ok":
                     absent["profile"] = kept.get("reason", kept["status"])
-            found["training"] = self._training(run, clock, absent)
+            if "training" in asked:
+                found["training"] = self._training(run, clock, absent)
         elif self.params.profile:
             absent["profile"] = "the recipe names no generator"
         _add_shares(found, ceilings, run.device)
@@ -211,6 +221,7 @@ class Bench:
         return rows
 
     def _setting(self, precision: str, size: int, **how: Any) -> Setting:
+        how = {"profile": self.params.profile, **how}
         return Setting(precision, size, self.params.repeats, self.params.warmup, **how)
 
     def _modes(self, run: sandbox.Run) -> tuple[sandbox.Switch | None, ...]:
