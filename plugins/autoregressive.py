@@ -144,12 +144,17 @@ class Autoregressive:
         if not (hasattr(network, "features") and hasattr(network, "logits")):
             logits = (network if network.training else network.forward)(contexts, labels)
             return self._right(logits, ids)
-        count = -(-ids.numel() * self.tokenizer.vocab_size // MAX_LOGITS)
-        score = self._score if network.training else self._scored
-        if count > 1:
-            score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
-        pieces = (x.chunk(count) for x in (ids, *network.features(contexts, labels)))
-        scored = [score(*piece) for piece in zip(*pieces, strict=True)]
+        ways = [self._score if network.training else self._scored, self._scored]
+        size = images_at_once(len(ids), MAX_LOGITS // (ids.shape[1] * self.tokenizer.vocab_size))
+        if size < len(ids):
+            ways = [
+                partial(checkpoint, way, use_reentrant=False, preserve_rng_state=False)
+                for way in ways
+            ]
+        whole, rest = ways  # a smaller piece at the end is not worth compiling for
+        features = network.features(contexts, labels)
+        pieces = zip(*(x.split(size) for x in (ids, *features)), strict=True)
+        scored = [(whole if len(piece[0]) == size else rest)(*piece) for piece in pieces]
         losses, right = zip(*scored, strict=True)
         return torch.cat(losses), torch.cat(right)
 
@@ -251,6 +256,12 @@ class Autoregressive:
             (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
             sandbox.places(self._modules),
         )
+
+
+def images_at_once(num_images: int, most: int) -> int:
+    """At most so many (at least one): equal pieces, unless they were less than half of that."""
+    most = max(1, min(num_images, most))
+    return next((size for size in range(most, most // 2, -1) if num_images % size == 0), most)
 
 
 def keep_cells(layout: Layout, mask: Float[Tensor, "b h w"]) -> Bool[Tensor, "b l"]:

@@ -135,7 +135,9 @@ def test_the_profile_tells_what_ran_in_every_row(measured):
         seconds = [kernel["seconds"] for kernel in row["kernels"]]
         assert seconds == sorted(seconds, reverse=True) and min(seconds) > 0
         assert sum(seconds) <= row["kernels_seconds"] * 1.001
-        assert any("addmm" in kernel["name"] or "conv" in kernel["name"] for kernel in row["kernels"])
+        assert any(
+            "addmm" in kernel["name"] or "conv" in kernel["name"] for kernel in row["kernels"]
+        )
 
 
 def test_only_the_parts_asked_for_are_measured(project):

@@ -11,12 +11,14 @@ import sandbox
 from .auto import AutoAttention
 from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .plain import MathAttention, SdpaAttention
+from .prefix import PrefixAttention
 
 __all__ = [
     "AutoAttention",
     "CudnnAttention",
     "FlexAttention",
     "MathAttention",
+    "PrefixAttention",
     "SdpaAttention",
     "XformersAttention",
 ]
@@ -29,6 +31,7 @@ def sandbox_register(register: Any) -> None:
         "math": MathAttention,
         "sdpa": SdpaAttention,
         "cudnn": CudnnAttention,
+        "prefix": PrefixAttention,
         "xformers": XformersAttention,
         "flex": FlexAttention,
     }.items():

@@ -17,6 +17,7 @@ from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .measuring import fastest
 from .picks import settled
 from .plain import Attention, SdpaAttention, request_of
+from .prefix import PrefixAttention
 
 UNMEASURED = "sdpa"
 """What is taken where nothing was measured; it honours every call."""
@@ -25,9 +26,12 @@ MEASURED_ON = "cuda"
 CANDIDATES: dict[str, type[Attention]] = {
     UNMEASURED: SdpaAttention,
     "cudnn": CudnnAttention,
+    "prefix": PrefixAttention,
     "xformers": XformersAttention,
     "flex": FlexAttention,
 }
+HANDED_ON = {"full": ("flex", "prefix"), "causal": ("prefix",), "dense": ("prefix",)}
+"""Kinds of mask that backends leave to another one."""
 
 
 class Kind(NamedTuple):
@@ -61,7 +65,7 @@ _picks: dict[tuple[object, ...], str] = {}
 
 
 class AutoAttention(Attention):
-    """On a GPU the fastest of `sdpa`, `cudnn`, `xformers` and `flex`, as measured; else `sdpa`.
+    """On a GPU the fastest of the others, as measured (`math` aside); elsewhere `sdpa`.
 
     The first call of each kind (shape, dtype, mask, with gradients or not) measures those that do
     not refuse it, on its own tensors. The pick is kept beside torch's caches, by GPU and versions,
@@ -96,9 +100,8 @@ class AutoAttention(Attention):
         if torch.compiler.is_compiling():
             return _remembered(*kind)
         if kind not in self._told and _is_at_work(q):
-            able = dict(self.backends)
-            if mask.kind == "full":
-                able.pop("flex", None)  # it would hand the call on to sdpa
+            handed_on = HANDED_ON.get(mask.kind, ())  # to sdpa, which is there already
+            able = {name: b for name, b in self.backends.items() if name not in handed_on}
             pick = settled(
                 q.device, able, str(kind), lambda: fastest(able, request, (q, k, v), scale)
             )

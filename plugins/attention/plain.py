@@ -116,7 +116,7 @@ def _ill_formed(request: AttentionRequest) -> str | None:
 def _allowed(mask: Mask, device: torch.device) -> Bool[Tensor, "n p"] | None:
     if mask.dense is not None:
         return mask.dense.to(device)
-    return None if mask.step_lens is None else _step_pattern(mask.step_lens, device)
+    return None if mask.step_lens is None else step_pattern(mask.step_lens, device)
 
 
 def kept(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,5 +136,6 @@ def kept(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @kept
-def _step_pattern(step_lens: tuple[int, ...], device: torch.device) -> Bool[Tensor, "n p"] | None:
+def step_pattern(step_lens: tuple[int, ...], device: torch.device) -> Any:
+    """Booleans `n n`, True where a query may look; None where nothing is hidden."""
     return Mask(step_lens).to_tensor(device)

@@ -2,7 +2,8 @@
 
 Both are linear, so while gradients are taken each is a pair of small matrices, one for rows and one
 for columns: products have a deterministic backward pass on every device, and compile into a larger
-graph. Without gradients the published kernels run, whose last bits the matrices do not share.
+graph. Without gradients the published kernels run, whose last bits the matrices do not share; but
+growing on a GPU, where PyTorch's kernel took 7 % of a training step, always is a product.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ class Pyramid(nn.Module):
     def _resampled(self, maps: Tensor, name: str, step: int, size: tuple[int, int]) -> Tensor:
         if self._size(step) == self.layout.size:
             return maps
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not (name == "bicubic" and maps.is_cuda):
             return F.interpolate(maps, size, mode=name)
         rows, columns = (getattr(self, f"{name}_{axis}_{step}") for axis in ("rows", "columns"))
         return torch.matmul(rows, torch.matmul(maps, columns.mT))

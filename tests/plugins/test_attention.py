@@ -16,15 +16,20 @@ from sandbox_plugins.attention import (
     CudnnAttention,
     FlexAttention,
     MathAttention,
+    PrefixAttention,
     SdpaAttention,
     XformersAttention,
     kernels,
+    prefix,
 )
 
 # Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
 foreign_warnings = pytest.mark.filterwarnings("default")
 
-OTHERS = [AutoAttention, SdpaAttention, CudnnAttention, FlexAttention, XformersAttention]
+OTHERS = [
+    *(AutoAttention, SdpaAttention, CudnnAttention),
+    *(PrefixAttention, FlexAttention, XformersAttention),
+]
 
 
 def build(cls):
@@ -233,6 +238,35 @@ def skip_refused(name, backend, q, k, mask):
     if reason := backend.refusal(request_of(q, k, mask)):
         assert name in MAY_REFUSE, reason
         pytest.skip(reason)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("lens", [(1, 2, 3, 4), (3, 1, 4), (1, 1, 2), (4, 5), (3, 1, 1, 5, 2)])
+def test_prefixes_attend_as_the_whole_does(monkeypatch, lens, compiled):
+    monkeypatch.setattr(prefix, "LARGE", 3)
+    attended = backend = build(PrefixAttention)
+    if compiled:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    q, k, v = queries_keys_values(0, 2, 2, sum(lens), sum(lens), 4)
+    found = outcome(attended, q, k, v, Mask(lens), 0.3)
+    for ours, plain in zip(
+        found, outcome(build(MathAttention), q, k, v, Mask(lens), 0.3), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(backend.attend(q, k, v, Mask(lens), 0.3), found[0])
+
+
+def test_small_steps_share_a_call(monkeypatch):
+    monkeypatch.setattr(prefix, "LARGE", 3)
+    assert prefix.groups_of((1, 2, 3, 4, 1, 5, 1, 1)) == [
+        (0, 3, True),
+        (3, 6, False),
+        (6, 10, False),
+        (10, 11, False),
+        (11, 16, False),
+        (16, 18, True),
+    ]
 
 
 @pytest.mark.gpu

@@ -178,6 +178,7 @@ def test_logits_made_a_few_images_at_a_time_give_the_same_losses_and_gradients(
     labels, held = torch.arange(b) % 4, []
     score = generator._scored
     generator._score = lambda ids, *features: held.append(len(ids)) or score(ids, *features)
+    generator._scored = generator._score  # what is left over at the end
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=half):
         whole, exact = gradients(generator, ids, labels)
         assert held == [b]
@@ -206,11 +207,20 @@ def test_what_is_compiled_learns_the_same_a_few_images_at_a_time(monkeypatch):
     torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.parametrize(
+    ("num_images", "most", "size"),
+    [(96, 12, 12), (256, 29, 16), (512, 252, 128), (251, 29, 29), (7, 9, 7), (5, 0, 1), (13, 6, 6)],
+)
+def test_the_pieces_of_a_batch_are_equal_where_that_costs_little(num_images, most, size):
+    assert autoregressive.images_at_once(num_images, most) == size
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_a_training_step_never_holds_its_logits_in_float32(compiled):
-    layout, device, b, v = Layout.pyramid(1, 2, 16), torch.device("cuda"), 256, 4096
+@pytest.mark.parametrize("b", [256, 251])
+def test_on_a_gpu_a_training_step_never_holds_its_logits_in_float32(b, compiled):
+    layout, device, v = Layout.pyramid(1, 2, 16), torch.device("cuda"), 4096
     tokens = Tokens(layout, v, 3, 4)
     generator = build(layout)
     generator.tokenizer.vocab_size = v

@@ -21,7 +21,7 @@ def kernels_of(clock: Clock, call: Callable[[], object]) -> dict[str, Any]:
 
     def measure() -> dict[str, Any]:
         on = ProfilerActivity.CUDA if clock.on_gpu else ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[on]) as profile:
+        with torch.profiler.profile(activities=[on], acc_events=True) as profile:
             call()
             clock.settle()
         rows = [row for event in profile.key_averages() if (row := _row(event, clock.on_gpu))]

@@ -303,7 +303,7 @@ def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
     labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
     with drawing_fast(run, setting.fast or "off"), autocast(run.device, setting.precision):
         run.generator.generate(labels, run.rng("warm-up"))
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             run.generator.generate(labels, run.rng("profile"))
             Clock(run.device).settle()
     with sandbox.atomic(run.folder / TRACE) as draft:
