@@ -1,4 +1,4 @@
-"""Samplers: logits to ids.
+"""Draws among the likeliest ids.
 
 The one idea to hold: a sampler first narrows the distribution, then draws from what is left with
 the generator it is handed and nothing else, so the same random state gives the same ids. Nothing
@@ -6,7 +6,7 @@ here sorts or waits for the device, and all shapes are static: a CUDA graph can 
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,12 +16,6 @@ from torch import Tensor
 import sandbox
 
 GuidanceShape = Literal["linear", "constant", "cosine"]
-
-
-@sandbox.hookimpl
-def sandbox_register(register: Any) -> None:
-    register(sandbox.Sampler, "top-k-top-p", TopKTopP)
-    register(sandbox.Sampler, "greedy", Greedy)
 
 
 class Greedy:
