@@ -305,7 +305,7 @@ def test_plugins_lists_every_part_with_its_place(project):
     assert (outcome.status, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     row = next(i for i, line in enumerate(lines) if line.startswith("Sampler") and "greedy" in line)
-    assert lines[row + 1].strip().partition(":")[0].endswith("plugins/samplers.py")
+    assert lines[row + 1].strip().partition(":")[0].endswith("plugins/samplers/likeliest.py")
     rows = json.loads(project.sandbox("plugins", "--json").out)
     assert len(rows) * 2 == len(lines)
     assert {"interface", "name", "plugin", "summary", "where"} == set(rows[0])

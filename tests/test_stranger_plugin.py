@@ -194,7 +194,7 @@ def test_a_built_in_name_cannot_be_taken(tmp_path):
     project = a_project(tmp_path, usurper=a_sampler("greedy"))
     refused = project.sandbox("check", "recipe.yaml", "--plugins", "mine")
     assert refused.status == 2
-    assert "usurper.py:3" in refused.err and "samplers.py:" in refused.err
+    assert "usurper.py:3" in refused.err and "samplers/likeliest.py:" in refused.err
 
 
 def test_two_folders_with_a_module_of_one_name_are_both_named(tmp_path):

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sandbox_plugins.samplers import Greedy, TopKTopP, _masses
+from sandbox_plugins.samplers import Greedy, TopKTopP
+from sandbox_plugins.samplers.likeliest import _masses
 
 seeds = st.integers(0, 2**16)
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 40))

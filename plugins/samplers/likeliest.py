@@ -1,4 +1,4 @@
-"""Samplers: logits to ids.
+"""Draws among the likeliest ids.
 
 The one idea to hold: a sampler first narrows the distribution, then draws from what is left with
 the generator it is handed and nothing else, so the same random state gives the same ids. Nothing
@@ -6,7 +6,10 @@ here sorts or waits for the device, and all shapes are static: a CUDA graph can 
 """
 
 import math
-from typing import Any, Literal
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -16,12 +19,6 @@ from torch import Tensor
 import sandbox
 
 GuidanceShape = Literal["linear", "constant", "cosine"]
-
-
-@sandbox.hookimpl
-def sandbox_register(register: Any) -> None:
-    register(sandbox.Sampler, "top-k-top-p", TopKTopP)
-    register(sandbox.Sampler, "greedy", Greedy)
 
 
 class Greedy:
@@ -71,12 +68,16 @@ class TopKTopP(Greedy):
     ) -> Int[Tensor, "b n"]:
         """The id that wins an exponential race: the greatest p / Exp(1) is i as often as p_i says.
 
-        `torch.multinomial` draws one id so, and these are its ids; but it waits for the device to
-        refuse NaN, which is not noticed here.
+        `torch.multinomial` draws one id so, and these are its ids, but where rounding decides; it
+        waits for the device to refuse NaN, though, which is not noticed here.
         """
-        probabilities = self._narrowed(logits).softmax(dim=-1)
-        noise = torch.empty_like(probabilities, memory_format=torch.contiguous_format)
-        return (probabilities / noise.exponential_(generator=rng)).argmax(dim=-1)
+        logits = self._tempered(logits)
+        noise = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        noise.exponential_(generator=rng)
+        top = self.params.top_k, self.params.top_p
+        if kernel := _kernel_for(logits):
+            return kernel.draw(logits, noise, *top)
+        return (search(logits, *top).softmax(dim=-1) / noise).argmax(dim=-1)
 
     def soften(
         self, logits: Float[Tensor, "b n v"], progress: float, rng: torch.Generator
@@ -89,23 +90,59 @@ class TopKTopP(Greedy):
         return ((self._narrowed(logits) * (1 + progress) + noise) / temperature).softmax(dim=-1)
 
     def _narrowed(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n v"]:
-        """Logits with -inf at every id that may not be drawn.
+        """Logits with -inf at every id that may not be drawn."""
+        logits = self._tempered(logits)
+        if kernel := _kernel_for(logits):
+            return kernel.narrow(logits, self.params.top_k, self.params.top_p)
+        return search(logits, self.params.top_k, self.params.top_p)
 
-        Top-k keeps the ids that have fewer than k likelier ones; top-p keeps those whose likelier
-        ones have less than `top_p` of the mass that top-k left. Equal logits stay or go together.
-        """
-        logits = (logits / self.params.temperature).float()
-        likeliest, ids = logits, None
-        if 0 < self.params.top_k < logits.shape[-1]:
-            likeliest, ids = logits.topk(self.params.top_k, dim=-1, sorted=False)
-            least = likeliest.amin(dim=-1, keepdim=True)
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.params.top_p < 1:
-            masses = _masses(logits)
-            enough = masses.sum(dim=-1, keepdim=True).double() * self.params.top_p
-            masses = masses if ids is None else masses.gather(-1, ids)
-            logits = logits.masked_fill(logits < _least(likeliest, masses, enough), -torch.inf)
-        return logits
+    def _tempered(self, logits: Float[Tensor, "b n v"]) -> Float[Tensor, "b n v"]:
+        temperature = self.params.temperature
+        return (logits if temperature == 1 else logits / temperature).float()
+
+
+def _kernel_for(logits: Float[Tensor, "b n v"]) -> ModuleType | None:
+    """The module `kernel`, where it can do these logits."""
+    if not logits.is_cuda or logits.requires_grad or not logits.numel():
+        return None
+    kernel = _kernel(logits.device)
+    return kernel if kernel and logits.shape[-1] <= kernel.LONGEST else None
+
+
+@cache
+def _kernel(device: torch.device) -> ModuleType | None:
+    """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
+    try:
+        from . import kernel
+
+        kernel.narrow(torch.zeros(1, 2, device=device), 1, 0.5)
+    except ImportError:
+        return None
+    except Exception as error:  # whatever compilers raise
+        reason = " ".join(str(error).split())[:200]
+        told = f"top-k and top-p without their Triton kernel, so slower: {reason}"
+        warnings.warn(told, stacklevel=2)
+        return None
+    return kernel
+
+
+def search(logits: Float[Tensor, "*b v"], top_k: int, top_p: float) -> Float[Tensor, "*b v"]:
+    """Float32 logits with -inf at every id that may not be drawn, by torch alone.
+
+    Top-k keeps the ids that have fewer than k likelier ones; top-p keeps those whose likelier ones
+    have less than `top_p` of the mass that top-k left. Equal logits stay or go together.
+    """
+    likeliest, ids = logits, None
+    if 0 < top_k < logits.shape[-1]:
+        likeliest, ids = logits.topk(top_k, dim=-1, sorted=False)
+        least = likeliest.amin(dim=-1, keepdim=True)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        masses = _masses(logits)
+        enough = masses.sum(dim=-1, keepdim=True).double() * top_p
+        masses = masses if ids is None else masses.gather(-1, ids)
+        logits = logits.masked_fill(logits < _least(likeliest, masses, enough), -torch.inf)
+    return logits
 
 
 MASS = 2**40
