@@ -7,6 +7,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +136,13 @@ class VAR(nn.Module):
     def logits(
         self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n v"]:
-        """In at least float32, as published, whatever the blocks compute in."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = self.head.weight.dtype  # float32, unless the weights were cast
+        """Out of reach of autocast, as published: in float32, unless the weights were cast.
+
+        Where autocast makes the blocks 16-bit, a GPU multiplies here in TF32, no coarser than what
+        it is given; else as exactly as the surroundings say, and so does compiled code.
+        """
+        with self._uncast(x.device):
+            dtype = self.head.weight.dtype
             return self.head(self.head_nm(x.to(dtype), cond.to(dtype))).float()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -230,6 +235,11 @@ class VAR(nn.Module):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.word_embed.weight.dtype
+
+    def _uncast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self._dtype().itemsize == 2 and not torch.compiler.is_compiling():
+            return sandbox.float32_products(device, "tf32")
+        return torch.autocast(device.type, enabled=False)
 
     def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
         """The blocks with their matrices in `dtype`, copied anew each time, so never stale.
