@@ -27,10 +27,11 @@ from .blocks import Block, HeadNorm, cast_block, step_weights, with_drop_path
 
 @dataclass
 class State:
-    """What stepwise prediction remembers: each block's modulation, keys and values so far."""
+    """What stepwise prediction remembers: each block's modulation, bias, keys and values so far."""
 
     cond: Float[Tensor, "b d"]
     modulations: list[Float[Tensor, "b 1 6 d"]]
+    biases: list[Float[Tensor, " three_d"]]
     caches: list[Float[Tensor, "2 b heads l e"]]
     blocks: Sequence[Block]
     next_step: int = 0
@@ -159,6 +160,7 @@ class VAR(nn.Module):
         return State(
             cond=cond,
             modulations=[modulation.to(dtype) for modulation in self._modulations(cond)],
+            biases=[block.attn.bias().to(dtype) for block in self.blocks],
             caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
             blocks=self._cast_blocks(dtype) if self.fused else list(self.blocks),
         )
@@ -175,10 +177,10 @@ class VAR(nn.Module):
         span = self.tokens.layout.spans[step]
         x = self._first(state.cond) if step == 0 else self._read(context)
         x = x + self._places(span)
-        for block, modulation, cache in zip(
-            state.blocks, state.modulations, state.caches, strict=True
+        for block, modulation, bias, cache in zip(
+            state.blocks, state.modulations, state.biases, state.caches, strict=True
         ):
-            x = block.forward(x, modulation, Mask(), (cache, span), self.fused)
+            x = block.forward(x, modulation, Mask(), (cache, span, bias), self.fused)
         state.next_step += 1
         return self.logits(x, state.cond)
 
