@@ -50,10 +50,11 @@ class Autoregressive:
         fast: sandbox.Switch = "auto"
         """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
         precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
-        replayed: the same images, sooner. `on`: recorded at the first call, and the network's
-        kernels are built for it, on a CPU too: about a minute where they were never built before,
-        and the last digits differ. Edits, and what is watched step by step, are not replayed, nor
-        what a tokenizer decodes that is no `nn.Module`: nobody could tell when its weights move."""
+        replayed: the same images, sooner. `on`: recorded at the first call, and the kernels of
+        network and decoder are built for it, on a CPU too: a minute or two where they were never
+        built before, and the last digits differ. Edits, and what is watched step by step, are not
+        replayed, nor what a tokenizer decodes that is no `nn.Module`: nobody could tell when its
+        weights move."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:
@@ -231,20 +232,21 @@ class Autoregressive:
                 no_label=self.num_classes,
                 **wishes,
             )
-        return self.tokenizer.render(sampled.canvas)
+            return self.tokenizer.render(sampled.canvas)
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        """Let the backbone run compiled kernels, where that is wanted and it has any."""
-        if self.fast != "on" or not hasattr(self.backbone, "fused"):
-            yield
-            return
-        self.backbone.fused = True
+        """Let backbone and tokenizer run compiled kernels, where that is wanted and they can."""
+        parts: tuple[Any, ...] = self.backbone, self.tokenizer
+        fusing = [part for part in parts if self.fast == "on" and hasattr(part, "fused")]
+        for part in fusing:
+            part.fused = True
         try:
             with sandbox.compiling():
                 yield
         finally:
-            self.backbone.fused = False
+            for part in fusing:
+                part.fused = False
 
     def _kind(self, labels: Int[Tensor, " b"]) -> Hashable:
         """What a recorded call depends on besides labels, randomness and the weights' values."""

@@ -44,6 +44,7 @@ _HOME = {
     "pictures": ["to_rgb"],
     "precision": ["exact_float32", "float32_products"],
     "provenance": ["chose", "device_name", "memory_bytes"],
+    "rendering": ["render"],
     "replay": ["NotRecorded", "Recordings", "places"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],

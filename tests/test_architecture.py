@@ -21,7 +21,7 @@ LAYERS = [
     {"errors", "seeds", "layout", "pictures", "distributed", "precision", "compiler", "replay"},
     {"values", "parts", "hooks"},
     {"interfaces", "judges", "registry"},
-    {"checkpoint", "loading", "sampling", "plugins", "task", "provenance", "describe"},
+    {"checkpoint", "loading", "sampling", "rendering", "plugins", "task", "provenance", "describe"},
     {"recipe", "weights"},
     {"assembly", "record"},
     {"run"},

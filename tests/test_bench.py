@@ -8,7 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
-from sandbox import NotRecorded
+from sandbox import NotRecorded, rendering
 from sandbox.scaffold import write_plugin
 from sandbox.testing import sandbox_project
 from sandbox_plugins.autoregressive import Autoregressive
@@ -155,6 +155,7 @@ def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
 
 def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, monkeypatch):
     monkeypatch.setattr(blocks, "fused_halves", lambda: (blocks.Block.before, blocks.Block.after))
+    monkeypatch.setattr(rendering, "fused_images", lambda: rendering._images)
     done = project.sandbox("bench", "tiny.yaml", *FAST, "--fast", "off,on", "--profile")
     assert done.status == 0, done.err
     assert "generation float32 x 3 (fast: on):" in done.out

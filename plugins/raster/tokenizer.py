@@ -65,6 +65,7 @@ class RasterTokenizer(nn.Module):
         self._encode: Callable[..., Tensor] = self.autoencoder.encode
         self._decode: Callable[..., Tensor] = self.autoencoder.decode
         self._judge: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = self._judged
+        self.fused = False
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
@@ -131,7 +132,7 @@ class RasterTokenizer(nn.Module):
 
     def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
-        return self.autoencoder.decode(canvas).float().clamp(-1, 1)
+        return sandbox.render(self.autoencoder, canvas, fused=self.fused)
 
     @torch.no_grad()
     def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:

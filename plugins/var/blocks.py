@@ -56,28 +56,32 @@ class Block(nn.Module):
         x: Float[Tensor, "b n d"],
         modulation: Float[Tensor, "b 1 6 d"],
         mask: Mask,
-        memory: tuple[Tensor, slice] | None = None,
+        memory: tuple[Tensor, slice, Tensor] | None = None,
         fused: bool = False,
     ) -> Float[Tensor, "b n d"]:
-        """`memory` is the cache of keys and values with the place of these tokens in it.
+        """`memory` is the cache of keys and values, the place of these tokens in it, and the bias
+        of all three, which is the same in every step.
 
         With `fused` what stands before and after the attention is compiled.
         """
         before, after = (Block.before, Block.after) if not fused else fused_halves()
-        q, k, v = before(self, x, modulation)
+        q, k, v = before(self, x, modulation, memory[2] if memory else None)
         if memory is not None:
-            past, span = memory
+            past, span, _ = memory
             past[0, :, :, span], past[1, :, :, span] = k, v
             k, v = past[:, :, :, : span.stop]
         seen = self.attn.backend.attend(q, k, v, mask, self.attn.scale)
         return after(self, x, seen, modulation)
 
     def before(
-        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6 d"]
+        self,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b 1 6 d"],
+        bias: Float[Tensor, " three_d"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `b heads n e`."""
         _, _, scale, _, shift, _ = modulation.unbind(2)
-        return self.attn.project(self.norm(x) * (1 + scale) + shift)
+        return self.attn.project(self.norm(x) * (1 + scale) + shift, bias)
 
     def after(
         self,
@@ -122,10 +126,15 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj, self.dropout = nn.Linear(width, width), nn.Dropout(dropout)
 
-    def project(self, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `b heads n e`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
+    def bias(self) -> Float[Tensor, " three_d"]:
+        """Of queries, keys (which have none: zeros) and values."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def project(
+        self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `b heads n e`; `bias` if it was put together before."""
+        qkv = F.linear(x, self.mat_qkv.weight, self.bias() if bias is None else bias)
         q, k, v = rearrange(
             qkv, "b n (qkv heads e) -> qkv b heads n e", qkv=3, heads=self.num_heads
         )

@@ -7,6 +7,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +27,11 @@ from .blocks import Block, HeadNorm, cast_block, step_weights, with_drop_path
 
 @dataclass
 class State:
-    """What stepwise prediction remembers: each block's modulation, keys and values so far."""
+    """What stepwise prediction remembers: each block's modulation, bias, keys and values so far."""
 
     cond: Float[Tensor, "b d"]
     modulations: list[Float[Tensor, "b 1 6 d"]]
+    biases: list[Float[Tensor, " three_d"]]
     caches: list[Float[Tensor, "2 b heads l e"]]
     blocks: Sequence[Block]
     next_step: int = 0
@@ -135,9 +137,13 @@ class VAR(nn.Module):
     def logits(
         self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n v"]:
-        """In at least float32, as published, whatever the blocks compute in."""
-        with torch.autocast(x.device.type, enabled=False):
-            dtype = self.head.weight.dtype  # float32, unless the weights were cast
+        """Out of reach of autocast, as published: in float32, unless the weights were cast.
+
+        Where autocast makes the blocks 16-bit, a GPU multiplies here in TF32, no coarser than what
+        it is given; else as exactly as the surroundings say, and so does compiled code.
+        """
+        with self._uncast(x.device):
+            dtype = self.head.weight.dtype
             return self.head(self.head_nm(x.to(dtype), cond.to(dtype))).float()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -154,6 +160,7 @@ class VAR(nn.Module):
         return State(
             cond=cond,
             modulations=[modulation.to(dtype) for modulation in self._modulations(cond)],
+            biases=[block.attn.bias().to(dtype) for block in self.blocks],
             caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
             blocks=self._cast_blocks(dtype) if self.fused else list(self.blocks),
         )
@@ -170,10 +177,10 @@ class VAR(nn.Module):
         span = self.tokens.layout.spans[step]
         x = self._first(state.cond) if step == 0 else self._read(context)
         x = x + self._places(span)
-        for block, modulation, cache in zip(
-            state.blocks, state.modulations, state.caches, strict=True
+        for block, modulation, bias, cache in zip(
+            state.blocks, state.modulations, state.biases, state.caches, strict=True
         ):
-            x = block.forward(x, modulation, Mask(), (cache, span), self.fused)
+            x = block.forward(x, modulation, Mask(), (cache, span, bias), self.fused)
         state.next_step += 1
         return self.logits(x, state.cond)
 
@@ -230,6 +237,11 @@ class VAR(nn.Module):
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return self.word_embed.weight.dtype
+
+    def _uncast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self._dtype().itemsize == 2 and not torch.compiler.is_compiling():
+            return sandbox.float32_products(device, "tf32")
+        return torch.autocast(device.type, enabled=False)
 
     def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
         """The blocks with their matrices in `dtype`, copied anew each time, so never stale.

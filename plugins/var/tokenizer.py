@@ -95,6 +95,7 @@ class VarTokenizer(nn.Module):
         self._encode: Callable[..., Tensor] = self.autoencoder.encode
         self._decode: Callable[..., Tensor] = self.autoencoder.decode
         self._judge: Callable[..., Any] = self._judged
+        self.fused = False
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
@@ -166,7 +167,7 @@ class VarTokenizer(nn.Module):
 
     def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
-        return self.autoencoder.decode(canvas).float().clamp(-1, 1)
+        return sandbox.render(self.autoencoder, canvas, fused=self.fused)
 
     @torch.no_grad()
     def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:

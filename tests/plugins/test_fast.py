@@ -1,5 +1,6 @@
 """The fast way to draw: the same images as the plain one, on a GPU and on a CPU."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import yaml
 
 import sandbox
-from sandbox import NotRecorded, Recordings
+from sandbox import NotRecorded, Recordings, rendering
 from sandbox_plugins.autoregressive import Autoregressive
 from sandbox_plugins.tasks.drawing import adjusted, drawing_with
 from sandbox_plugins.var import blocks
@@ -37,8 +38,9 @@ PARTS = {
 def load(tmp_path):
     """A run of untrained parts whose weights are large enough that predictions vary."""
 
-    def loaded(layout="pyramid", device="cpu", **settings):
-        recipe = {**RECIPE, "tokenizer": LAYOUTS[layout] | PARTS}
+    def loaded(layout="pyramid", device="cpu", autoencoder=None, **settings):
+        own = {"autoencoder": autoencoder} if autoencoder else {}
+        recipe = {**RECIPE, "tokenizer": LAYOUTS[layout] | PARTS | own}
         (tmp_path / "fast.yaml").write_text(yaml.safe_dump(recipe))
         words = [f"generator.{key}={value}" for key, value in settings.items()]
         run = sandbox.load(tmp_path / "fast.yaml", *words, device=device)
@@ -63,6 +65,8 @@ def quickly_compiled(monkeypatch):
         for half in (blocks.Block.before, blocks.Block.after)
     ]
     monkeypatch.setattr(blocks, "fused_halves", lambda: halves)
+    images = torch.compile(rendering._images, dynamic=False, backend="aot_eager")
+    monkeypatch.setattr(rendering, "fused_images", lambda: images)
 
 
 def labels_of(run, size=6):
@@ -104,7 +108,7 @@ def test_fast_is_one_of_three_words(registry):
 def test_greedy_tokens_of_compiled_kernels_are_the_plain_ones(load, layout):
     run = load(layout, sampler="greedy")
     plain = drawn(run, "off")
-    assert torch.equal(drawn(run, "on"), plain)
+    torch.testing.assert_close(drawn(run, "on"), plain)
     assert len(plain.flatten(1).unique(dim=0)) > 1
     torch.testing.assert_close(logits(run, True), logits(run, False))
 
@@ -112,6 +116,7 @@ def test_greedy_tokens_of_compiled_kernels_are_the_plain_ones(load, layout):
 def test_on_a_cpu_auto_is_the_plain_way(load, monkeypatch):
     run = load()
     monkeypatch.setattr(blocks, "fused_halves", None)
+    monkeypatch.setattr(rendering, "fused_images", None)
     monkeypatch.setattr(run.generator, "_recordings", None)
     assert torch.equal(drawn(run, "auto"), drawn(run, "off"))
 
@@ -126,7 +131,7 @@ def test_what_is_watched_or_edited_is_drawn_alike(load):
     assert torch.equal(watched, images) and torch.equal(seen[-1], images) and len(seen) == 4
     edited = made.edit(images, torch.ones(images.shape[2:]), labels, run.rng("a"))
     torch.testing.assert_close(edited, run.tokenizer.decode(run.tokenizer.encode(images)))
-    assert not made.backbone.fused
+    assert not made.backbone.fused and not made.tokenizer.fused
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -184,6 +189,89 @@ def test_training_and_drawing_are_compiled_side_by_side(load, device, monkeypatc
         images.append(drawn(run, "on"))
         torch.testing.assert_close(images[-1], drawn(run, "off"), rtol=0, atol=1e-3)
     assert network.training and not any(map(torch.equal, images, images[1:]))
+
+
+def rendered(run, fused, seed=2):
+    """What a canvas of random numbers stands for."""
+    rng = torch.Generator(run.device).manual_seed(seed)
+    canvas = run.tokenizer.canvas(3)
+    canvas = canvas + torch.randn(canvas.shape, generator=rng, device=run.device)
+    run.tokenizer.fused = fused
+    with torch.no_grad():
+        images = run.tokenizer.render(canvas)
+    run.tokenizer.fused = False
+    return images
+
+
+def renders_alike(run):
+    """Compiled as plainly, in both precisions, and of the weights as they are by then."""
+    found = []
+    for seed in (0, 1):
+        awaken(run.tokenizer.autoencoder, seed)
+        plain, fused = rendered(run, False), rendered(run, True)
+        assert fused.dtype == torch.float32 and fused.is_contiguous()
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+        with torch.autocast(run.device.type, torch.bfloat16):
+            coarse, fast = rendered(run, False), rendered(run, True)
+        assert 0 < (fast - plain).norm() < 2 * (coarse - plain).norm()
+        found.append(fused)
+    assert not torch.equal(*found)
+
+
+CNN_SETTINGS = {"name": "cnn", "ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "code_dim": 4}
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("autoencoder", [PARTS["autoencoder"], CNN_SETTINGS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_compiled_decoder_gives_the_plain_images(load, layout, autoencoder):
+    renders_alike(load(layout, autoencoder=autoencoder))
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_a_compiled_decoder_leaves_no_trace_in_the_tokenizer_and_follows_a_copy(load):
+    run = load()
+    tokenizer = run.tokenizer
+    before = set(vars(tokenizer)), list(tokenizer.state_dict()), len(list(tokenizer.modules()))
+    kept = rendered(run, True)
+    now = set(vars(tokenizer)), list(tokenizer.state_dict()), len(list(tokenizer.modules()))
+    assert now == before
+    run.tokenizer = copy.deepcopy(tokenizer)
+    awaken(run.tokenizer.autoencoder)
+    changed = rendered(run, True)
+    torch.testing.assert_close(changed, rendered(run, False))
+    assert not torch.equal(changed, kept)
+    run.tokenizer = tokenizer
+    assert torch.equal(rendered(run, True), kept)
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_a_decoder_is_built_once_for_drawing_and_watching(load):
+    run, seen = load(), []
+    images = drawn(run, "on")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        run.generator.generate(labels_of(run), run.rng("a"), lambda step, shown: seen.append(shown))
+    assert torch.equal(seen[-1], images) and not images.is_inference()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autoencoder", [PARTS["autoencoder"], CNN_SETTINGS])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_compiled_decoder_gives_the_plain_images_on_a_gpu(load, layout, autoencoder):
+    renders_alike(load(layout, "cuda", autoencoder=autoencoder))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_recording_decodes_with_the_weights_as_they_are(load, precision):
+    run = load("raster", "cuda", sampler="greedy", autoencoder=CNN_SETTINGS)
+    for seed in (0, 1):
+        awaken(run.tokenizer.autoencoder, seed)
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            images, plain = drawn(run, "on"), drawn(run, "off")
+        assert _recordings(run) == 1
+        close = 1e-3 if precision == torch.float32 else 2e-2
+        assert (images - plain).norm() < close * plain.norm()
 
 
 SETTINGS = {

@@ -297,6 +297,18 @@ def test_autocast_changes_the_blocks_and_leaves_the_head_in_float32():
     assert (whole - exact).abs().max() < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("halved", [False, True])
+def test_only_beside_16_bit_blocks_the_head_may_multiply_in_tf32(halved):
+    model, seen = build(Layout.pyramid(1, 2)), []
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    model.head.register_forward_pre_hook(lambda *_: seen.append(products.fp32_precision))
+    with torch.autocast("cpu", torch.bfloat16, enabled=halved):
+        stepwise(model, *inputs(model.tokens.layout, 0))
+    assert set(seen) == {"tf32" if halved else before}
+    assert products.fp32_precision == before
+
+
 def test_weight_decay_spares_biases_scales_and_positions():
     model = build(Layout.pyramid(1, 2), shared_adaln=True)
     decayed = {name for name, _ in model.named_parameters()} - model.no_weight_decay()
