@@ -111,9 +111,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", type=Path, help="folder; default runs/bench-RECIPE")
-    sub.add_argument(
-        "--parts", metavar="PART,...", help="generation, encoding, decoding, training; default all"
-    )
+    sub.add_argument("--parts", metavar="P,...", help="generation, encoding, decoding, training")
     sub.add_argument("--batch-sizes", metavar="1,8,64", help="images at a time")
     sub.add_argument(
         "--precision", metavar="P,...", help="auto, float32, bfloat16, float16; several by comma"
@@ -121,9 +119,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--fast", metavar="MODE,...", help="off, auto, on: how generation is measured")
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
     sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: what is compiled, too")
-    sub.add_argument(
-        "--profile", action="store_true", help="keep every row's kernels, a generation's trace"
-    )
+    sub.add_argument("--profile", action="store_true", help="keep kernels, and a Chrome trace")
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,8 @@ def compiling() -> Iterator[None]:
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
     By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
     """
-    with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
+    limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+    with torch._dynamo.config.patch(limits), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         _BOUNDS.addFilter(_is_news)

@@ -154,7 +154,8 @@ def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
 
 
 def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, monkeypatch):
-    monkeypatch.setattr(blocks, "fused_halves", lambda: (blocks.Block.before, blocks.Block.after))
+    halves = blocks.Block.before, blocks.Block.after
+    monkeypatch.setattr(blocks, "fused_halves", lambda *, dynamic: halves)
     monkeypatch.setattr(rendering, "fused_images", lambda: rendering._images)
     done = project.sandbox("bench", "tiny.yaml", *FAST, "--fast", "off,on", "--profile")
     assert done.status == 0, done.err

@@ -93,9 +93,9 @@ def drawn(generator, arrays, seed=7):
     return sampled.ids, (generator.generate(arrays["label"], rng) + 1) / 2
 
 
-def assert_close(ours, golden):
+def assert_close(ours, golden, tolerance=1e-4):
     assert ours.shape == golden.shape
-    assert (ours - golden).abs().max() <= 1e-4 * golden.abs().max()
+    assert (ours - golden).abs().max() <= tolerance * golden.abs().max()
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa", "flex"])
@@ -124,7 +124,9 @@ def test_samples_are_the_published_ones(registry, case, kind):
         }
     ids, images = drawn(generator_of(registry, facts, sampler), arrays)
     assert torch.equal(ids, arrays[f"{kind}_tokens"].long())
-    assert_close(images, arrays[f"{kind}_image"])
+    # Codes are mixed by a softmax at a temperature down to 0.0135: of each rounding error in the
+    # logits, which differ from processor to processor, it makes up to a hundred.
+    assert_close(images, arrays[f"{kind}_image"], 1e-3 if kind == "smooth" else 1e-4)
 
 
 def test_greedy_is_the_likeliest_one_of_top_k(registry, case):

@@ -64,7 +64,9 @@ class Block(nn.Module):
 
         With `fused` what stands before and after the attention is compiled.
         """
-        before, after = (Block.before, Block.after) if not fused else fused_halves()
+        before, after = Block.before, Block.after
+        if fused:
+            before, after = fused_halves(dynamic=x.device.type == "cpu")
         q, k, v = before(self, x, modulation, memory[2] if memory else None)
         if memory is not None:
             past, span, _ = memory
@@ -96,13 +98,16 @@ class Block(nn.Module):
 
 
 @cache
-def fused_halves() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`Block.before` and `Block.after`, compiled for steps of any number of tokens.
+def fused_halves(*, dynamic: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`Block.before` and `Block.after`, compiled for all blocks of a kind.
 
     Attention between them is the backend's, and so are the kernels of the products: what is saved
-    is the reading and writing in between.
+    is the reading and writing in between. `dynamic` is once for steps of any number of tokens, as
+    suits a CPU, where building takes long; on a GPU kernels for each number alone are faster, as
+    they know how memory is aligned and get by with short integers.
     """
-    return torch.compile(Block.before, dynamic=True), torch.compile(Block.after, dynamic=True)
+    before, after = Block.before, Block.after
+    return torch.compile(before, dynamic=dynamic), torch.compile(after, dynamic=dynamic)
 
 
 class SelfAttention(nn.Module):

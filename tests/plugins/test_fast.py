@@ -64,7 +64,7 @@ def quickly_compiled(monkeypatch):
         torch.compile(half, dynamic=True, backend="aot_eager")
         for half in (blocks.Block.before, blocks.Block.after)
     ]
-    monkeypatch.setattr(blocks, "fused_halves", lambda: halves)
+    monkeypatch.setattr(blocks, "fused_halves", lambda *, dynamic: halves)
     images = torch.compile(rendering._images, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(rendering, "fused_images", lambda: images)
 
