@@ -118,7 +118,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--fast", metavar="MODE,...", help="off, auto, on: how generation is measured")
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
-    sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: what is compiled, too")
+    sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: measure compiled too")
     sub.add_argument("--profile", action="store_true", help="keep kernels, and a Chrome trace")
 
 
@@ -203,11 +203,9 @@ def _check(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     """Measure a recipe's generator and tokenizer on this machine; trains nothing."""
     registry = _registry(arguments)
-    preview = _wants_preview(arguments)
-    recipe = _load(arguments, registry, preview)
+    recipe = _load(arguments, registry, preview := _wants_preview(arguments))
     from sandbox.bench import measure
 
-    name = arguments.recipe.stem + ("-preview" if preview else "")
     asked = {
         "parts": _words(arguments.parts),
         "batch_sizes": _words(arguments.batch_sizes),
@@ -218,8 +216,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         "profile": arguments.profile or None,
     }
     settings = {key: value for key, value in asked.items() if value is not None}
-    folder = arguments.out or Path("runs") / f"bench-{name}"
-    measure(recipe, registry, settings, folder, name=arguments.recipe.stem, command=_command())
+    name = f"bench-{arguments.recipe.stem}" + "-preview" * preview
+    out = arguments.out or Path("runs", name)
+    measure(recipe, registry, settings, out, name=arguments.recipe.stem, command=_command())
     return 0
 
 
