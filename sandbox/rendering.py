@@ -1,18 +1,27 @@
 """From an autoencoder's features to images in [-1, 1], the plain way or by kernels built for it.
 
-The one thing to hold in mind: nothing is kept of the weights, so nothing can be stale. What is
-built reads them at every call, in one pass each, as the precision and the memory order want them.
+The one thing to hold in mind: under a 16-bit autocast what is built reads a copy of the weights, in
+the precision and memory order it wants. It is made anew at every call; only a CUDA graph leaves
+that out, and whoever replays one calls `refresh` when weights have moved.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox.compiler import compiling
 from sandbox.interfaces import Autoencoder
+
+_PRODUCTS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+_Copies = dict[tuple[torch.dtype, torch.device], nn.Module]
+_copies: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
+"""By the type and the place of what the copies multiply; recordings read them, so they stay."""
 
 
 def render(
@@ -27,7 +36,14 @@ def render(
         return _images(autoencoder, features)
     # Of the several modes without gradients always the same one, or it would be built for each.
     with compiling(), torch.inference_mode(False), torch.no_grad():
-        return fused_images()(autoencoder, features)
+        return fused_images()(_ready(autoencoder, features.device), features)
+
+
+def refresh(autoencoder: Autoencoder) -> None:
+    """Bring what recordings read of the weights up to date, without waiting for the device."""
+    if isinstance(autoencoder, nn.Module):
+        for copied in _copies.get(autoencoder, {}).values():
+            _copy_weights(autoencoder, copied)
 
 
 @cache
@@ -40,3 +56,36 @@ def _images(
     autoencoder: Autoencoder, features: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b 3 H W"]:
     return autoencoder.decode(features).float().clamp(-1, 1)
+
+
+def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:
+    """The autoencoder or, under autocast, its copy with the weights as they are."""
+    if not (isinstance(autoencoder, nn.Module) and torch.is_autocast_enabled(device.type)):
+        return autoencoder
+    key = torch.get_autocast_dtype(device.type), device
+    mine = _copies.setdefault(autoencoder, {})
+    if key not in mine:
+        mine[key] = _copy_of(autoencoder, key[0])
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        _copy_weights(autoencoder, mine[key])
+    ready: Any = mine[key]
+    return cast(Autoencoder, ready)
+
+
+def _copy_of(autoencoder: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """With what multiplies in `dtype`, as autocast has it, and channels together."""
+    copied = copy.deepcopy(autoencoder).requires_grad_(False)
+    for module in copied.modules():
+        if isinstance(module, _PRODUCTS):
+            module.to(dtype)
+    return copied.to(memory_format=torch.channels_last)
+
+
+def _copy_weights(autoencoder: nn.Module, copied: nn.Module) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for mine, theirs in zip(_tensors(copied), _tensors(autoencoder), strict=True):
+            mine.copy_(theirs, non_blocking=True)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

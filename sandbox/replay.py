@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Computation = Callable[[Tensor, torch.Generator], Tensor]
 """Of one tensor to another, drawing from the generator."""
@@ -147,6 +148,32 @@ def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
         for tensor in own.values()
         if tensor is not None
     )
+
+
+def versions(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
+    """How often the modules' own parameters and buffers were written to; equal, they are as before.
+
+    Fused optimizers do not count as writing, so every step of any optimizer does. Of what was made
+    in inference mode nobody knows: it never is equal. What is written through `.data` is missed.
+    """
+    return _steps[0], *(
+        object() if tensor.is_inference() else tensor._version
+        for module in modules
+        for own in (module._parameters, module._buffers)
+        for tensor in own.values()
+        if tensor is not None
+    )
+
+
+_steps = [0]
+"""Of all optimizers of this process, since this module is there."""
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 @contextmanager

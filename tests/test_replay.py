@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sandbox import NotRecorded, Recordings, places, replay
-from sandbox.replay import Recording
+from sandbox.replay import Recording, versions
 
 
 class Pretended:
@@ -153,3 +153,31 @@ def test_a_replay_reads_weights_anew_also_where_autocast_casts_them():
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         assert torch.equal(recording(inputs, gpu_rng()), apply(inputs, None))
         assert not torch.equal(recording(inputs, gpu_rng()), before)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_every_way_of_training_changes_the_versions(fused):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    modules, seen = list(model.modules()), []
+
+    def changed():
+        seen.append(versions(modules))
+        return seen[-1] not in seen[:-1]
+
+    assert changed() and not changed()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    model(torch.randn(3, 2)).sum().backward()
+    assert changed()  # its buffers
+    optimizer.step()
+    assert changed()
+    with torch.inference_mode():
+        model[0].weight.copy_(torch.ones(2, 2))
+    assert changed()
+    model.load_state_dict(model.state_dict())
+    assert changed() and not changed()
+
+
+def test_of_what_was_made_in_inference_mode_nobody_knows():
+    with torch.inference_mode():
+        model = torch.nn.Linear(2, 2)
+    assert versions([model]) != versions([model])

@@ -30,8 +30,9 @@ CANDIDATES: dict[str, type[Attention]] = {
     "xformers": XformersAttention,
     "flex": FlexAttention,
 }
-HANDED_ON = {"full": ("flex", "prefix"), "causal": ("prefix",), "dense": ("prefix",)}
-"""Kinds of mask that backends leave to another one."""
+HANDED_ON = {"full": ("flex", "prefix"), "causal": ("flex", "prefix"), "dense": ("prefix",)}
+"""Kinds of mask that backends leave to another one, or for which others have kernels of their own.
+"""
 
 
 class Kind(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sandbox import AttentionRequest, Mask
 
@@ -114,6 +115,9 @@ class FlexAttention(Attention):
             blocks = _step_blocks(mask.step_lens, q.device)
         from torch.nn.attention.flex_attention import flex_attention
 
+        if q.device.type == "cuda" and is_in_torch_dispatch_mode():
+            # Nothing is compiled while a mode watches every operation; unfused it has no gradients.
+            return SdpaAttention.compute(self, q, k, v, mask, scale)
         if q.device.type == "cuda":
             with torch._dynamo.config.patch(recompile_limit=256):  # beyond it would be unfused
                 return _compiled_flex()(q, k, v, block_mask=blocks, scale=scale)

@@ -32,9 +32,11 @@ class PrefixAttention(SdpaAttention):
     """Under a mask of steps, one call a large step, whose keys are those up to its end.
 
     Small steps, before, between or after, share masked calls. Other calls, and those of small steps
-    alone, are `sdpa`'s.
+    alone, are `sdpa`'s. Within compiled code it runs as it is: the compiler thinks otherwise than
+    cuDNN of where the gradients of parts of a tensor lie.
     """
 
+    @torch.compiler.disable
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         if mask.kind != "steps" or mask.step_lens is None or max(mask.step_lens) < LARGE:
             return super().compute(q, k, v, mask, scale)
@@ -84,8 +86,8 @@ def groups_of(step_lens: Sequence[int]) -> list[Group]:
 
 def _prefixes(x: Tensor, stops: Sequence[int]) -> Sequence[Tensor]:
     """The first so many tokens of `b heads n e`, for each stop; the last stop is `n`."""
-    if torch.compiler.is_compiling() or not x.requires_grad:
-        return [x[:, :, :stop] for stop in stops]  # compiled, their gradients are one kernel
+    if not x.requires_grad:
+        return [x[:, :, :stop] for stop in stops]
     return _Prefixes.apply(x, tuple(stops))
 
 

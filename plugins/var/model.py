@@ -243,10 +243,16 @@ class VAR(nn.Module):
             return sandbox.float32_products(device, "tf32")
         return torch.autocast(device.type, enabled=False)
 
-    def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
-        """The blocks with their matrices in `dtype`, copied anew each time, so never stale.
+    def refresh(self) -> None:
+        """Bring the copies of the weights up to date, which a recorded generation reads."""
+        for cast in self._cast.values():
+            self._copy_weights(cast)
 
-        Autocast casts a matrix once for all steps, but within compiled code at every call.
+    def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
+        """The blocks with their matrices in `dtype`, copied anew at each call.
+
+        Autocast casts a matrix once for all steps, but within compiled code at every call. A CUDA
+        graph leaves the copying out, so whoever replays it calls `refresh` when weights moved.
         """
         own, weight = list(self.blocks), self.word_embed.weight
         if dtype == weight.dtype:
@@ -255,14 +261,15 @@ class VAR(nn.Module):
         if key not in self._cast:
             with torch.inference_mode(False), torch.no_grad():
                 self._cast[key] = [cast_block(block, dtype) for block in own]
-        pairs = [
-            (copied, original)
-            for cast, block in zip(self._cast[key], own, strict=True)
-            for copied, original in zip(step_weights(cast), step_weights(block), strict=True)
-        ]
-        with torch.no_grad():
-            torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+        if weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            self._copy_weights(self._cast[key])
         return self._cast[key]
+
+    def _copy_weights(self, cast: Sequence[Block]) -> None:
+        with torch.no_grad():
+            for copied, block in zip(cast, self.blocks, strict=True):
+                for mine, theirs in zip(step_weights(copied), step_weights(block), strict=True):
+                    mine.copy_(theirs, non_blocking=True)
 
     def _first(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
         return (cond[:, None] + self.pos_start).to(self._dtype())

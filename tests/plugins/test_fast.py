@@ -208,7 +208,8 @@ def renders_alike(run):
     found = []
     for seed in (0, 1):
         awaken(run.tokenizer.autoencoder, seed)
-        plain, fused = rendered(run, False), rendered(run, True)
+        with sandbox.exact_float32(run.device):
+            plain, fused = rendered(run, False), rendered(run, True)
         assert fused.dtype == torch.float32 and fused.is_contiguous()
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
         with torch.autocast(run.device.type, torch.bfloat16):
@@ -267,11 +268,29 @@ def test_a_recording_decodes_with_the_weights_as_they_are(load, precision):
     run = load("raster", "cuda", sampler="greedy", autoencoder=CNN_SETTINGS)
     for seed in (0, 1):
         awaken(run.tokenizer.autoencoder, seed)
-        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+        half = torch.autocast("cuda", precision, enabled=precision != torch.float32)
+        with sandbox.exact_float32(run.device), half:
             images, plain = drawn(run, "on"), drawn(run, "off")
         assert _recordings(run) == 1
         close = 1e-3 if precision == torch.float32 else 2e-2
         assert (images - plain).norm() < close * plain.norm()
+
+
+@pytest.mark.gpu
+def test_a_recording_reads_what_a_fused_optimizer_has_written(load):
+    run = load("raster", "cuda", sampler="greedy")
+    optimizer = torch.optim.AdamW(run.generator.network.parameters(), lr=0.1, fused=True)
+    seen = []
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            images, plain = drawn(run, "on"), drawn(run, "off")
+        assert _recordings(run) == 1
+        assert (images - plain).norm() < 2e-2 * plain.norm()
+        seen.append(images)
+        for parameter in run.generator.network.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    assert not any(map(torch.equal, seen, seen[1:]))
 
 
 SETTINGS = {
