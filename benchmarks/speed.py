@@ -1,0 +1,260 @@
+"""The tables of docs/results/speed.md, from what `sandbox bench` kept.
+
+    python benchmarks/speed.py docs/results/speed > tables.md
+
+Reads the `*.json` of a folder, each the `bench.json` of one command (which stands in it), and
+prints, as Markdown: every command with its machine and date; our column beside what the published
+implementation reaches and what was aimed at; plain and fast side by side; raster-scan against
+next-scale; what each precision of the encoder changes; and, row by row, the kernels that took
+longest. A row that a file lacks is left out.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KERNELS = 10
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A line of the table: which row of which file it is."""
+
+    name: str
+    file: str
+    part: str
+    where: Mapping[str, Any]
+    published: str
+    limit: str
+    wanted: float
+    unit: str
+    """`ms` a batch, less is better; or `img/s`."""
+
+    def reached(self, row: Mapping[str, Any]) -> float:
+        return 1e3 * row["median_seconds"] if self.unit == "ms" else row["images_per_second"]
+
+    def is_met(self, row: Mapping[str, Any]) -> bool:
+        ours = self.reached(row)
+        return ours <= self.wanted if self.unit == "ms" else ours >= self.wanted
+
+
+def drawn(size: int) -> dict[str, Any]:
+    return {"precision": "bfloat16", "batch_size": size, "fast": "on"}
+
+
+def built(precision: str, size: int) -> dict[str, Any]:
+    return {"precision": precision, "batch_size": size, "compiled": True}
+
+
+GOALS = [
+    Goal("VAR-d16, batch 1", "d16", "generation", drawn(1), "142 ms", "2 ms", 9, "ms"),
+    Goal("batch 8", "d16", "generation", drawn(8), "48 img/s", "795 img/s", 330, "img/s"),
+    Goal("batch 64", "d16", "generation", drawn(64), "141 img/s", "795 img/s", 450, "img/s"),
+    Goal("VAR-d30, batch 1", "d30", "generation", drawn(1), "370 ms", "9 ms", 22, "ms"),
+    Goal("batch 64", "d30", "generation", drawn(64), "58 img/s", "189 img/s", 115, "img/s"),
+    Goal(
+        *("decoder alone, batch 64", "coding", "decoding", built("bfloat16", 64)),
+        *("367 img/s", "2006 img/s", 1000, "img/s"),
+    ),
+    Goal(
+        *("tokenizing, bfloat16, batch 64", "coding", "encoding", built("bfloat16", 64)),
+        *("444 img/s", "3670 img/s", 1400, "img/s"),
+    ),
+    Goal(
+        *("tokenizing, TF32 (the caches' default)", "coding", "encoding", built("tf32", 64)),
+        *("", "", 1000, "img/s"),
+    ),
+    Goal(
+        *("d16 training step, batch 96", "training", "training", built("bfloat16", 96)),
+        *("214 img/s, 65 GiB", "850 img/s", 500, "img/s"),
+    ),
+]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def found(measured: Mapping[str, Any], file: str, part: str, where: Mapping[str, Any]) -> Any:
+    """The row, or None; what `where` does not name is as in a plain row."""
+    for row in measured.get(file, {}).get(part, []):
+        plain = {"compiled": False, "fast": row.get("fast"), **where}
+        told = {"compiled": False, **row}
+        if "median_seconds" in row and all(told.get(key) == plain[key] for key in plain):
+            return row
+    return None
+
+
+def table(header: str, rows: Iterator[str]) -> Iterator[str]:
+    lines = list(rows)
+    if lines:
+        yield f"| {header} |"
+        yield "|---" * (header.count("|") + 1) + "|"
+        yield from lines
+        yield ""
+
+
+def commands(measured: Mapping[str, Any]) -> Iterator[str]:
+    for file, kept in measured.items():
+        if "environment" in kept:
+            top = [f"{r['flops_per_second'] / 1e12:.0f}" for r in kept["ceilings"]["matmul"][-1:]]
+            copied = kept["ceilings"]["copy"].get("bytes_per_second", 0) / 1e12
+            yield (
+                f"| {file} | `{kept['environment'].get('command', '')}` | {kept['device']} "
+                f"| {kept['date'][:10]} | {top[0]} | {copied:.2f} |"
+            )
+
+
+def goals(measured: Mapping[str, Any]) -> Iterator[str]:
+    for goal in GOALS:
+        if row := found(measured, goal.file, goal.part, goal.where):
+            ours = f"{goal.reached(row):.3g} {goal.unit}"
+            if goal.part == "training":
+                ours += f", {row['peak_bytes'] / GIB:.1f} GiB"
+            low, high = (1e3 * row[name] for name in ("q1_seconds", "q3_seconds"))
+            yield (
+                f"| {goal.name} | {goal.published} | {goal.limit} | {goal.wanted} {goal.unit} "
+                f"| **{ours}** | {low:.4g} to {high:.4g} | {'yes' if goal.is_met(row) else 'no'} |"
+            )
+
+
+def modes(measured: Mapping[str, Any]) -> Iterator[str]:
+    for file, kept in measured.items():
+        for row in kept.get("generation", []):
+            if "median_seconds" in row:
+                yield (
+                    f"| {file} | {row['precision']} | {row['batch_size']} | {row.get('fast', '-')} "
+                    f"| {1e3 * row['median_seconds']:.4g} | {row['images_per_second']:.4g} "
+                    f"| {optional(row, 'times_as_fast', '.2f')} | {row['first_seconds']:.3g} "
+                    f"| {row['peak_bytes'] / GIB:.1f} | {percent(row, 'share_of_matmul')} "
+                    f"| {percent(row, 'share_of_copy')} | {split(row)} |"
+                )
+
+
+def optional(row: Mapping[str, Any], name: str, form: str) -> str:
+    return format(row[name], form) if row.get(name) is not None else ""
+
+
+def percent(row: Mapping[str, Any], name: str) -> str:
+    return f"{100 * row[name]:.1f}" if row.get(name) is not None else ""
+
+
+def split(row: Mapping[str, Any]) -> str:
+    """Transformer, sampling, decoder and the rest, in percent."""
+    if not row.get("splits"):
+        return ""
+    parts = {name: statistics.median(s[name] for s in row["splits"]) for name in row["splits"][0]}
+    whole = parts.pop("whole")
+    named = [parts.pop(name, 0) for name in ("transformer", "sampling", "decoder")]
+    return ", ".join(f"{100 * part / whole:.0f}" for part in [*named, sum(parts.values())])
+
+
+def coding(measured: Mapping[str, Any]) -> Iterator[str]:
+    for kept in measured.values():
+        for part in ("encoding", "decoding"):
+            for row in kept.get(part, []):
+                if "median_seconds" in row:
+                    changed = percent(row, "ids_changed") if part == "encoding" else ""
+                    yield (
+                        f"| {part} | {row['precision']} | {'yes' if row.get('compiled') else 'no'} "
+                        f"| {row['images_per_second']:.4g} | {changed} "
+                        f"| {row['peak_bytes'] / GIB:.1f} |"
+                    )
+
+
+def training(measured: Mapping[str, Any]) -> Iterator[str]:
+    for file, kept in measured.items():
+        for row in kept.get("training", []):
+            if "median_seconds" in row:
+                parts = {
+                    name: 1e3 * statistics.median(each[name] for each in row["splits"])
+                    for name in row["splits"][0]
+                }
+                yield (
+                    f"| {file} | {row['batch_size']} | {'yes' if row.get('compiled') else 'no'} "
+                    f"| {row['images_per_second']:.4g} | {row['peak_bytes'] / GIB:.1f} "
+                    f"| {', '.join(f'{ms:.0f}' for ms in parts.values())} "
+                    f"| {percent(row, 'share_of_matmul')} |"
+                )
+
+
+def ratio(measured: Mapping[str, Any]) -> Iterator[str]:
+    rows = {
+        file: [r for r in measured.get(file, {}).get("generation", []) if "median_seconds" in r]
+        for file in ("d16", "raster")
+    }
+    for mode in ("off", "on"):
+        mine, theirs = ([r for r in rows[f] if r.get("fast") == mode] for f in ("d16", "raster"))
+        ones = [next((r for r in each if r["batch_size"] == 1), None) for each in (mine, theirs)]
+        if not all(ones):
+            continue
+        latency = [1e3 * row["median_seconds"] for row in ones if row]
+        best = [max(row["images_per_second"] for row in each) for each in (mine, theirs)]
+        yield (
+            f"| {mode} | {latency[0]:.4g} | {latency[1]:.4g} | **{latency[1] / latency[0]:.1f}** "
+            f"| {best[0]:.4g} | {best[1]:.4g} | **{best[0] / best[1]:.1f}** |"
+        )
+
+
+def kernels(measured: Mapping[str, Any]) -> Iterator[str]:
+    """A small table for each line of the table of goals."""
+    for goal in GOALS:
+        row = found(measured, goal.file, goal.part, goal.where)
+        if row is None or not isinstance(row.get("kernels"), list):
+            continue
+        whole, busy = 1e3 * row["median_seconds"], 1e3 * row["kernels_seconds"]
+        yield f"**{goal.file}, {goal.name}**: {whole:.4g} ms, kernels {busy:.4g} ms"
+        yield ""
+        yield from table(
+            "ms | % | calls | kernel",
+            (
+                f"| {1e3 * k['seconds']:.3g} | {1e5 * k['seconds'] / busy:.0f} | {k['calls']} "
+                f"| `{k['name'][:100]}` |"
+                for k in row["kernels"][:KERNELS]
+            ),
+        )
+
+
+SECTIONS: list[tuple[str, str, Callable[[Mapping[str, Any]], Iterator[str]]]] = [
+    (
+        "Commands",
+        "file | command | machine | date | matrix product, TFLOP/s | copy, TB/s",
+        commands,
+    ),
+    ("Goals", " | published | limit | aimed at | ours | quartiles, ms a batch | reached", goals),
+    (
+        "Generation",
+        "file | precision | batch | fast | ms | img/s | times as fast | first, s | GiB "
+        "| % of product | % of copy | transformer, sampling, decoder, rest, %",
+        modes,
+    ),
+    ("Next-scale and raster-scan", "fast | ms | raster | ratio | img/s | raster | ratio", ratio),
+    ("Tokenizer", "part | precision | compiled | img/s | ids changed, % | GiB", coding),
+    (
+        "Training",
+        "file | batch | compiled | img/s | GiB | forward, backward, optimizer, ms | % of product",
+        training,
+    ),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    measured = read(parser.parse_args().folder)
+    for title, header, rows in SECTIONS:
+        print(f"## {title}\n")
+        print("\n".join(table(header, rows(measured))))
+    print("## Kernels\n")
+    print("\n".join(kernels(measured)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`benchmarks/speed.py`: what stands in docs/results/speed.md is what the bench kept."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import speed
+
+COMMON = {"status": "ok", "peak_bytes": 2**30, "first_seconds": 60.0, "share_of_matmul": 0.5}
+
+
+def row(size, seconds, **more):
+    times = dict.fromkeys(("q1_seconds", "median_seconds", "q3_seconds"), seconds)
+    return {
+        **COMMON,
+        **{"precision": "bfloat16", "batch_size": size, "images_per_second": size / seconds},
+        **times,
+        **more,
+    }
+
+
+@pytest.fixture
+def measured(tmp_path):
+    kept = {
+        "device": "a GPU",
+        "date": "2026-11-25T00:00:00",
+        "environment": {"command": "sandbox bench x"},
+        "ceilings": {
+            "matmul": [{"flops_per_second": 8e14}],
+            "copy": {"bytes_per_second": 4e12},
+        },
+    }
+    kernels = [{"name": "gemm", "calls": 3, "seconds": 0.004}]
+    told = {"kernels": kernels, "kernels_seconds": 0.008}
+    fast = [row(1, 0.010, fast="on", **told), row(8, 0.020, fast="on")]
+    slow = [row(1, 0.1, fast="off"), {"precision": "bfloat16", "status": "out of memory"}]
+    raster = [row(1, 0.2, fast="on"), row(8, 0.4, fast="on")]
+    for name, rows in {"d16": slow + fast, "raster": raster}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**kept, "generation": rows}))
+    return tmp_path
+
+
+def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured, capsys):
+    sys.argv = ["speed.py", str(measured)]
+    speed.main()
+    out = capsys.readouterr().out
+    assert "| d16 | `sandbox bench x` | a GPU | 2026-11-25 | 800 | 4.00 |" in out
+    assert "| VAR-d16, batch 1 | 142 ms | 2 ms | 9 ms | **10 ms** | 10 to 10 | no |" in out
+    assert "| batch 8 | 48 img/s | 795 img/s | 330 img/s | **400 img/s** | 20 to 20 | yes |" in out
+    assert "| on | 10 | 200 | **20.0** | 400 | 20 | **20.0** |" in out
+    assert "| 4 | 50 | 3 | `gemm` |" in out
+    assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
