@@ -6,8 +6,10 @@ and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, ar
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,15 +64,22 @@ class Block(nn.Module):
         """`memory` is the cache of keys and values, the place of these tokens in it, and the bias
         of all three, which is the same in every step.
 
-        With `fused` what stands before and after the attention is compiled.
+        With `fused` what stands before and after the attention is compiled; on a GPU one kernel
+        then takes keys and values from the product to their place.
         """
         before, after = Block.before, Block.after
         if fused:
             before, after = fused_halves(dynamic=x.device.type == "cpu")
-        q, k, v = before(self, x, modulation, memory[2] if memory else None)
-        if memory is not None:
-            past, span, _ = memory
-            past[0, :, :, span], past[1, :, :, span] = k, v
+        if memory is None:
+            q, k, v = before(self, x, modulation)
+        else:
+            past, span, bias = memory
+            if fused and (kernel := _kernel_for(self.attn, x, past)):
+                qkv = before(self, x, modulation, bias, parted=False)
+                q = kernel.place(qkv, self.attn.log_scale(), past, span.start)
+            else:
+                q, k, v = before(self, x, modulation, bias)
+                past[0, :, :, span], past[1, :, :, span] = k, v
             k, v = past[:, :, :, : span.stop]
         seen = self.attn.backend.attend(q, k, v, mask, self.attn.scale)
         return after(self, x, seen, modulation)
@@ -80,10 +89,13 @@ class Block(nn.Module):
         x: Float[Tensor, "b n d"],
         modulation: Float[Tensor, "b 1 6 d"],
         bias: Float[Tensor, " three_d"] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each `b heads n e`."""
+        parted: bool = True,
+    ) -> Any:
+        """Queries, keys and values, each `b heads n e`; or else the product that they are made of,
+        `b n (3 heads e)`."""
         _, _, scale, _, shift, _ = modulation.unbind(2)
-        return self.attn.project(self.norm(x) * (1 + scale) + shift, bias)
+        x = self.norm(x) * (1 + scale) + shift
+        return self.attn.project(x, bias) if parted else self.attn.product(x, bias)
 
     def after(
         self,
@@ -108,6 +120,41 @@ def fused_halves(*, dynamic: bool) -> tuple[Callable[..., Any], Callable[..., An
     """
     before, after = Block.before, Block.after
     return torch.compile(before, dynamic=dynamic), torch.compile(after, dynamic=dynamic)
+
+
+def _kernel_for(
+    attn: "SelfAttention", x: Float[Tensor, "b n d"], past: Float[Tensor, "2 b heads l e"]
+) -> ModuleType | None:
+    """The module `kernel`, where it can place what is projected from `x`."""
+    e = past.shape[-1]
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if e > 256 or e & (e - 1) or past.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    if x.dtype != past.dtype or not past.is_contiguous():
+        return None
+    return _kernel(x.device, past.dtype, attn.num_heads, e, attn.qk_norm)
+
+
+@cache
+def _kernel(
+    device: torch.device, dtype: torch.dtype, num_heads: int, e: int, qk_norm: bool
+) -> ModuleType | None:
+    """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
+    try:
+        from . import kernel
+
+        scale = torch.zeros(1, num_heads, 1, 1, device=device) if qk_norm else None
+        qkv = torch.zeros(1, 1, 3 * num_heads * e, dtype=dtype, device=device)
+        kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
+    except ImportError:
+        return None
+    except Exception as error:  # whatever compilers raise
+        reason = " ".join(str(error).split())[:200]
+        told = f"keys and values placed without their Triton kernel, so slower: {reason}"
+        warnings.warn(told, stacklevel=2)
+        return None
+    return kernel
 
 
 class SelfAttention(nn.Module):
@@ -135,11 +182,21 @@ class SelfAttention(nn.Module):
         """Of queries, keys (which have none: zeros) and values."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
+    def log_scale(self) -> Float[Tensor, "1 heads 1 1"] | None:
+        """Of each head's cosine similarities, neither capped nor exponentiated yet."""
+        return self.scale_mul_1H11 if self.qk_norm else None
+
+    def product(
+        self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
+    ) -> Float[Tensor, "b n three_d"]:
+        """Queries, keys and values side by side; `bias` if it was put together before."""
+        return F.linear(x, self.mat_qkv.weight, self.bias() if bias is None else bias)
+
     def project(
         self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `b heads n e`; `bias` if it was put together before."""
-        qkv = F.linear(x, self.mat_qkv.weight, self.bias() if bias is None else bias)
+        qkv = self.product(x, bias)
         q, k, v = rearrange(
             qkv, "b n (qkv heads e) -> qkv b heads n e", qkv=3, heads=self.num_heads
         )
