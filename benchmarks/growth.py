@@ -96,7 +96,9 @@ def anew(network: VAR, contexts: Tensor, labels: Tensor) -> Tensor:
     cond, count = network.class_emb(labels), contexts.shape[1]
     x = torch.cat([network._first(cond), network._read(contexts[:, 1:])], dim=1)
     x = x + network._places(slice(0, count))
-    for block, modulation in zip(network.blocks, network._modulations(cond), strict=True):
+    for block, modulation in zip(
+        network.blocks, network._modulations(cond, network.blocks), strict=True
+    ):
         x = block.forward(x, modulation.to(x.dtype), Mask((1,) * count))
     return network.logits(x[:, -1:], cond)
 

@@ -45,7 +45,7 @@ _HOME = {
     "precision": ["exact_float32", "float32_products"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["refresh", "render"],
-    "replay": ["NotRecorded", "Recordings", "places", "versions"],
+    "replay": ["NotRecorded", "Recording", "Recordings", "places", "versions"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],

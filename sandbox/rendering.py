@@ -1,8 +1,8 @@
 """From an autoencoder's features to images in [-1, 1], the plain way or by kernels built for it.
 
-The one thing to hold in mind: under a 16-bit autocast what is built reads a copy of the weights, in
-the precision and memory order it wants. It is made anew at every call; only a CUDA graph leaves
-that out, and whoever replays one calls `refresh` when weights have moved.
+The one thing to hold in mind: on a GPU, and under autocast, what is built reads a copy of the
+weights, in the precision and memory order it wants. It is made anew at every call; only a CUDA
+graph leaves that out, and whoever replays one calls `refresh` when weights have moved.
 """
 
 import copy
@@ -19,9 +19,10 @@ from sandbox.compiler import compiling
 from sandbox.interfaces import Autoencoder
 
 _PRODUCTS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-_Copies = dict[tuple[torch.dtype, torch.device], nn.Module]
+_Copies = dict[tuple[torch.dtype | None, torch.device], nn.Module]
 _copies: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
-"""By the type and the place of what the copies multiply; recordings read them, so they stay."""
+"""By the type (None: their own) and the place of what the copies multiply; recordings read them, so
+they stay."""
 
 
 def render(
@@ -59,10 +60,11 @@ def _images(
 
 
 def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:
-    """The autoencoder or, under autocast, its copy with the weights as they are."""
-    if not (isinstance(autoencoder, nn.Module) and torch.is_autocast_enabled(device.type)):
+    """The autoencoder or its copy, with the weights as they are."""
+    half = torch.is_autocast_enabled(device.type)
+    if not isinstance(autoencoder, nn.Module) or not (half or device.type == "cuda"):
         return autoencoder
-    key = torch.get_autocast_dtype(device.type), device
+    key = torch.get_autocast_dtype(device.type) if half else None, device
     mine = _copies.setdefault(autoencoder, {})
     if key not in mine:
         mine[key] = _copy_of(autoencoder, key[0])
@@ -72,12 +74,17 @@ def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:
     return cast(Autoencoder, ready)
 
 
-def _copy_of(autoencoder: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """With what multiplies in `dtype`, as autocast has it, and channels together."""
+def _copy_of(autoencoder: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """With what multiplies in `dtype`, as autocast has it, and channels together.
+
+    The order matters: for weights in the other one, which the compiler turns around by itself,
+    cuDNN took a kernel for a decoder's last convolution half as long as all others together.
+    """
     copied = copy.deepcopy(autoencoder).requires_grad_(False)
-    for module in copied.modules():
-        if isinstance(module, _PRODUCTS):
-            module.to(dtype)
+    if dtype is not None:
+        for module in copied.modules():
+            if isinstance(module, _PRODUCTS):
+                module.to(dtype)
     return copied.to(memory_format=torch.channels_last)
 
 

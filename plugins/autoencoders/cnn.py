@@ -11,16 +11,7 @@ from torch.nn import functional as F
 
 import sandbox
 
-from .layers import (
-    NUM_GROUPS,
-    Attention,
-    Downsample,
-    ResBlock,
-    Upsample,
-    conv3,
-    few_channels,
-    normalisation,
-)
+from .layers import NUM_GROUPS, Attention, Downsample, ResBlock, Upsample, conv3, normalisation
 
 
 class CNN(nn.Module):
@@ -121,7 +112,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return few_channels(self.conv_out, F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Level(nn.Module):

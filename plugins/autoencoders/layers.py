@@ -99,20 +99,6 @@ def conv3(width_in: int, width: int) -> nn.Conv2d:
     return nn.Conv2d(width_in, width, 3, padding=1)
 
 
-def few_channels(conv: nn.Conv2d, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b e h w"]:
-    """The convolution; compiled for a GPU with as many channels as its fast kernels want.
-
-    Those are multiples of 8, channels last. For 3 channels, what cuDNN takes instead is as long as
-    half of all other convolutions of a decoder.
-    """
-    width = conv.out_channels
-    if not (torch.compiler.is_compiling() and x.is_cuda) or width % 8 == 0:
-        return conv(x)
-    weight = F.pad(conv.weight, (0, 0) * 3 + (0, -width % 8))
-    bias = None if conv.bias is None else F.pad(conv.bias, (0, -width % 8))
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding)[:, :width]
-
-
 def normalisation(width: int) -> nn.GroupNorm:
     """Over `NUM_GROUPS` groups of channels."""
     return GroupNorm(NUM_GROUPS, width, eps=1e-6)

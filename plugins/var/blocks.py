@@ -23,6 +23,7 @@ import sandbox
 from sandbox import Mask
 
 LAYER_NORM_EPS = 1e-6
+_CAST = "attn", "ffn", "ada_lin"
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -106,7 +107,30 @@ class Block(nn.Module):
         """What attention saw, and then the MLP, added to `x`."""
         gate1, gate2, _, scale, _, shift = modulation.unbind(2)
         x = x + self.attn.merge(seen) * gate1
-        return x + self.ffn(self.norm(x) * (1 + scale) + shift) * gate2
+        return x + self.mlp(self.norm(x) * (1 + scale) + shift) * gate2
+
+    def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """With GELU as a part of the product where such a kernel is: compiled, drawing, 16 bits."""
+        fc1, half = self.ffn.fc1, (torch.float16, torch.bfloat16)
+        drawing = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        if not (drawing and x.is_cuda and fc1.weight.dtype in half):
+            return self.ffn(x)
+        return self.ffn.fc2(linear_gelu(x.to(fc1.weight.dtype), fc1.weight, fc1.bias))
+
+
+@torch.library.custom_op("var_sandbox::linear_gelu", mutates_args=())
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU (its tanh form) of a linear layer, on a GPU in the epilogue of the product.
+
+    An operator of its own, since the compiler would take PyTorch's apart.
+    """
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+    return product.view(*x.shape[:-1], -1)
+
+
+@linear_gelu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 @cache
@@ -212,8 +236,9 @@ class SelfAttention(nn.Module):
 
 
 def step_weights(block: Block) -> list[Tensor]:
-    """What a block reads in a step; its AdaLN is computed once, beforehand."""
-    return [*block.attn.parameters(), *block.ffn.parameters()]
+    """What a block reads when it draws; a shared AdaLN is not its own."""
+    parts = (getattr(block, name, None) for name in _CAST)
+    return [parameter for part in parts if part is not None for parameter in part.parameters()]
 
 
 def cast_block(block: Block, dtype: torch.dtype) -> Block:
@@ -223,7 +248,8 @@ def cast_block(block: Block, dtype: torch.dtype) -> Block:
     (the biases of queries and values) stays as it is. The attention's backend is the same one.
     """
     cast, memo = copy.copy(block), {id(block.attn.backend): block.attn.backend}
-    halves = {name: copy.deepcopy(block._modules[name], memo) for name in ("attn", "ffn")}
+    parts = [name for name in _CAST if name in block._modules]
+    halves = {name: copy.deepcopy(block._modules[name], memo) for name in parts}
     for half in halves.values():
         half.requires_grad_(False)
         for module in half.modules():

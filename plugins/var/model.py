@@ -125,7 +125,7 @@ class VAR(nn.Module):
         first = self.tokens.layout.lens[0]
         x = torch.cat([self._first(cond), self._read(contexts[:, first:])], dim=1)
         x = x + self._places(slice(None))
-        modulations = self._modulations(cond)
+        modulations = self._modulations(cond, list(self.blocks))
         if self.training:
             self._rehearse(x)
             if self.last_drop:
@@ -157,12 +157,13 @@ class VAR(nn.Module):
         dtype, (b, d) = self._dtype(), cond.shape
         heads = self.blocks[0].attn.num_heads
         shape = 2, b, heads, self.tokens.layout.seq_len, d // heads
+        blocks = self._cast_blocks(dtype) if self.fused else list(self.blocks)
         return State(
             cond=cond,
-            modulations=[modulation.to(dtype) for modulation in self._modulations(cond)],
+            modulations=[made.to(dtype) for made in self._modulations(cond, blocks)],
             biases=[block.attn.bias().to(dtype) for block in self.blocks],
             caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
-            blocks=self._cast_blocks(dtype) if self.fused else list(self.blocks),
+            blocks=blocks,
         )
 
     def step(
@@ -281,9 +282,11 @@ class VAR(nn.Module):
         places = self.pos_1LC[:, span] + self.lvl_embed(self.level[span])
         return places.to(self._dtype())
 
-    def _modulations(self, cond: Float[Tensor, "b d"]) -> list[Float[Tensor, "b 1 6 d"]]:
+    def _modulations(
+        self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+    ) -> list[Float[Tensor, "b 1 6 d"]]:
         if not self.params.shared_adaln:
-            return [block.modulation(cond) for block in self.blocks]
+            return [block.modulation(cond) for block in blocks]
         shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
         return [block.ada_gss + shared for block in self.blocks]
 

@@ -165,6 +165,7 @@ def test_a_network_that_drew_with_compiled_kernels_can_be_trained(load):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_training_and_drawing_are_compiled_side_by_side(load, device, monkeypatch):
     settings = {"sampler": "greedy", "self_correction": 0.3, "backbone.recompute": True}
+    settings["backbone.attention"] = "sdpa"  # others may keep what is compiled here for good
     run = load(device=device, **settings)
     made, network = run.generator, run.generator.network
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
