@@ -250,8 +250,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     measured = read(parser.parse_args().folder)
     for title, header, rows in SECTIONS:
-        print(f"## {title}\n")
-        print("\n".join(table(header, rows(measured))))
+        if lines := list(table(header, rows(measured))):
+            print("\n".join([f"## {title}\n", *lines]))
     print("## Kernels\n")
     print("\n".join(kernels(measured)))
 

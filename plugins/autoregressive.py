@@ -84,7 +84,7 @@ class Autoregressive:
         parts: tuple[Any, ...] = self.backbone, self.tokenizer
         self._followed = all(isinstance(part, nn.Module) for part in parts)
         self._modules = [m for part in parts if self._followed for m in part.modules()]
-        self._versions: tuple[Hashable, ...] = ()
+        self._seen: tuple[Hashable, ...] = ()
         self._shares: dict[torch.device, Tensor] = {}
         self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
 
@@ -194,15 +194,22 @@ class Autoregressive:
         recorded = self.fast != "off" and labels.device.type == "cuda"
         if watch is not None or not recorded or not self._followed:
             return self._sample(labels, rng, watch=watch)
-        if (now := sandbox.versions(self._modules)) != self._versions:
-            self._versions = now
-            for part in (self.backbone, self.tokenizer):
-                if refresh := getattr(part, "refresh", None):
-                    refresh()  # of copies of weights, which recordings read
+        self._refresh_copies()
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
             drawn, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
         )
+
+    def _refresh_copies(self) -> None:
+        """Of weights, where there are any and weights have moved: recordings read them."""
+        now = sandbox.places(self._modules), sandbox.versions(self._modules)
+        if now == self._seen:
+            return
+        self._seen = now
+        for module in self._modules:
+            sandbox.refresh(module)
+        if refresh := getattr(self.backbone, "refresh", None):
+            refresh()
 
     def edit(
         self,

@@ -82,8 +82,8 @@ class Tokenizer(Protocol):
     A *canvas* is the feature map that the steps so far add up to, `b c h w`. A step's *context* is
     what the backbone reads before it predicts that step: always code vectors, zeros at the first.
 
-    It may also have `fused`, False at first: whether `render` may run kernels compiled for it,
-    whose results differ in the last digits (`sandbox.render` has them for any autoencoder).
+    It may also have `fused`, False at first: whether `render` may run kernels compiled for it
+    (`sandbox.render` has them for any autoencoder), whose results differ in the last digits.
     """
 
     layout: Layout
@@ -176,8 +176,8 @@ class Backbone(Protocol):
     and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
     backbone compiles what is slow in `features`.
 
-    It may also have `fused`, False at first: whether `step` may run kernels compiled for it, whose
-    results differ in the last digits. It is set before `begin` and stays until the last step.
+    It may also have `fused`, False at first: whether steps may run kernels compiled for it (results
+    differ in the last digits), and `refresh()`, for copies of weights that recordings read.
     """
 
     def forward(

@@ -1,8 +1,9 @@
 """From an autoencoder's features to images in [-1, 1], the plain way or by kernels built for it.
 
 The one thing to hold in mind: on a GPU, and under autocast, what is built reads a copy of the
-weights, in the precision and memory order it wants. It is made anew at every call; only a CUDA
-graph leaves that out, and whoever replays one calls `refresh` when weights have moved.
+weights, in the precision and memory order it wants. They are copied at every call; only a CUDA
+graph leaves that out, and whoever replays one calls `refresh` when weights have moved. Whatever
+else makes an autoencoder (its settings, the code it runs) is that of the first call.
 """
 
 import copy
@@ -19,10 +20,10 @@ from sandbox.compiler import compiling
 from sandbox.interfaces import Autoencoder
 
 _PRODUCTS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-_Copies = dict[tuple[torch.dtype | None, torch.device], nn.Module]
+_Copies = dict[tuple[torch.dtype | None, torch.device, tuple[torch.dtype, ...]], nn.Module]
 _copies: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
-"""By the type (None: their own) and the place of what the copies multiply; recordings read them, so
-they stay."""
+"""By the type (None: their own) and the place of what the copies multiply, and the types of the
+weights themselves; recordings read them, so they stay."""
 
 
 def render(
@@ -40,11 +41,13 @@ def render(
         return fused_images()(_ready(autoencoder, features.device), features)
 
 
-def refresh(autoencoder: Autoencoder) -> None:
-    """Bring what recordings read of the weights up to date, without waiting for the device."""
-    if isinstance(autoencoder, nn.Module):
-        for copied in _copies.get(autoencoder, {}).values():
-            _copy_weights(autoencoder, copied)
+def refresh(autoencoder: nn.Module) -> None:
+    """Bring what recordings read of the weights up to date, without waiting for the device.
+
+    For any module: of what was never rendered there is nothing.
+    """
+    for copied in _copies.get(autoencoder, {}).values():
+        _copy_weights(autoencoder, copied)
 
 
 @cache
@@ -64,7 +67,8 @@ def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:
     half = torch.is_autocast_enabled(device.type)
     if not isinstance(autoencoder, nn.Module) or not (half or device.type == "cuda"):
         return autoencoder
-    key = torch.get_autocast_dtype(device.type) if half else None, device
+    dtypes = tuple(tensor.dtype for tensor in _tensors(autoencoder))
+    key = torch.get_autocast_dtype(device.type) if half else None, device, dtypes
     mine = _copies.setdefault(autoencoder, {})
     if key not in mine:
         mine[key] = _copy_of(autoencoder, key[0])
@@ -85,13 +89,18 @@ def _copy_of(autoencoder: nn.Module, dtype: torch.dtype | None) -> nn.Module:
         for module in copied.modules():
             if isinstance(module, _PRODUCTS):
                 module.to(dtype)
-    return copied.to(memory_format=torch.channels_last)
+    for parameter in copied.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return copied
 
 
 def _copy_weights(autoencoder: nn.Module, copied: nn.Module) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for mine, theirs in zip(_tensors(copied), _tensors(autoencoder), strict=True):
             mine.copy_(theirs, non_blocking=True)
+    for own, original in zip(copied.modules(), autoencoder.modules(), strict=True):
+        own.training = original.training
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

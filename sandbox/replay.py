@@ -151,10 +151,11 @@ def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
 
 
 def versions(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
-    """How often the modules' own parameters and buffers were written to; equal, they are as before.
+    """How often the modules' own parameters and buffers were written to.
 
-    Fused optimizers do not count as writing, so every step of any optimizer does. Of what was made
-    in inference mode nobody knows: it never is equal. What is written through `.data` is missed.
+    While this and `places` stay equal, they are as they were. Fused optimizers do not count as
+    writing, so every step of any optimizer does. Of what was made in inference mode nobody knows:
+    it never is equal. What is written through `.data` is missed.
     """
     return _steps[0], *(
         object() if tensor.is_inference() else tensor._version

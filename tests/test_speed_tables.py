@@ -1,4 +1,4 @@
-"""`benchmarks/speed.py`: what stands in docs/results/speed.md is what the bench kept."""
+"""`benchmarks/speed.py`: its tables, and that those of docs/results/speed.md are what it makes."""
 
 import json
 import sys
@@ -53,3 +53,12 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "| on | 10 | 200 | **20.0** | 400 | 20 | **20.0** |" in out
     assert "| 4 | 50 | 3 | `gemm` |" in out
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
+
+
+def test_the_page_holds_what_the_bench_kept(capsys):
+    results = Path(__file__).parents[1] / "docs/results"
+    sys.argv = ["speed.py", str(results / "speed")]
+    speed.main()
+    page = (results / "speed.md").read_text().splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(lines) > 20 and not [line for line in lines if line not in page]

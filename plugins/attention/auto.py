@@ -17,7 +17,7 @@ from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .measuring import fastest
 from .picks import settled
 from .plain import Attention, SdpaAttention, request_of
-from .prefix import PrefixAttention
+from .prefix import LARGE, PrefixAttention
 
 UNMEASURED = "sdpa"
 """What is taken where nothing was measured; it honours every call."""
@@ -102,6 +102,8 @@ class AutoAttention(Attention):
             return _remembered(*kind)
         if kind not in self._told and _is_at_work(q):
             handed_on = HANDED_ON.get(mask.kind, ())  # to sdpa, which is there already
+            if mask.step_lens is not None and max(mask.step_lens) < LARGE:
+                handed_on = (*handed_on, "prefix")
             able = {name: b for name, b in self.backends.items() if name not in handed_on}
             pick = settled(
                 q.device, able, str(kind), lambda: fastest(able, request, (q, k, v), scale)

@@ -119,12 +119,14 @@ def _timed(call: Callable[[], list[Tensor]], needs_grad: bool, like: Tensor) -> 
         return partial(_milliseconds, call, repeats)
 
     def several(_: Tensor, __: torch.Generator) -> Tensor:
-        return [call() for _ in range(repeats)][-1][0]
+        for _ in range(repeats):
+            found = call()[0]
+        return found
 
     try:
         rng = torch.Generator(like.device)
         graph = sandbox.Recording(several, like.new_zeros(1), rng).graph
-    except RuntimeError:
+    except Exception:  # whatever a library raises where it cannot be captured
         return partial(_milliseconds, call, repeats)
     return lambda: _milliseconds(graph.replay, 1) / repeats
 

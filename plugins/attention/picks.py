@@ -34,7 +34,7 @@ def settled(
     path = place()
     machine = (
         f"{sandbox.device_name(device)}, torch {torch.__version__}, xformers {_xformers()}, "
-        f"among {' '.join(names)}"
+        f"among {' '.join(names)}, timed in graphs"
     )
     with _alone_with(path):
         known = _read(path)

@@ -112,8 +112,10 @@ class Block(nn.Module):
     def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """With GELU as a part of the product where such a kernel is: compiled, drawing, 16 bits."""
         fc1, half = self.ffn.fc1, (torch.float16, torch.bfloat16)
-        drawing = torch.compiler.is_compiling() and not torch.is_grad_enabled()
-        if not (drawing and x.is_cuda and fc1.weight.dtype in half):
+        drawing = not (self.training or torch.is_grad_enabled())
+        if not (
+            drawing and torch.compiler.is_compiling() and x.is_cuda and fc1.weight.dtype in half
+        ):
             return self.ffn(x)
         return self.ffn.fc2(linear_gelu(x.to(fc1.weight.dtype), fc1.weight, fc1.bias))
 
@@ -122,8 +124,11 @@ class Block(nn.Module):
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (its tanh form) of a linear layer, on a GPU in the epilogue of the product.
 
-    An operator of its own, since the compiler would take PyTorch's apart.
+    An operator of its own, since the compiler would take PyTorch's apart (whose form on a CPU is
+    another).
     """
+    if not x.is_cuda:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     product = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
     return product.view(*x.shape[:-1], -1)
 

@@ -169,10 +169,6 @@ class VarTokenizer(nn.Module):
         """The images a canvas stands for, in [-1, 1]."""
         return sandbox.render(self.autoencoder, canvas, fused=self.fused)
 
-    def refresh(self) -> None:
-        """Bring copies of the weights up to date, which a recorded generation reads."""
-        sandbox.refresh(self.autoencoder)
-
     @torch.no_grad()
     def initialise(self, batches: Iterable[Float[Tensor, "b 3 H W"]]) -> None:
         """Place the codes by images' features, scale after scale.

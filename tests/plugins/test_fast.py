@@ -248,6 +248,56 @@ def test_a_compiled_decoder_leaves_no_trace_in_the_tokenizer_and_follows_a_copy(
 
 
 @pytest.mark.usefixtures("quickly_compiled")
+def test_a_copy_of_a_decoder_follows_weights_that_are_exchanged_and_the_mode(load):
+    run = load(autoencoder=CNN_SETTINGS | {"dropout": 0.5})
+    autoencoder = run.tokenizer.autoencoder
+    with torch.autocast("cpu", torch.bfloat16):
+        autoencoder.train()
+        rendered(run, True)
+        autoencoder.eval()
+        for factor in (1.0, 0.9):
+            awaken(autoencoder)
+            with torch.no_grad():
+                autoencoder.decoder.conv_out.weight.mul_(factor)
+            fused, plain = rendered(run, True), rendered(run, False)
+            assert (fused - plain).norm() < 2e-2 * plain.norm()
+
+
+def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, monkeypatch):
+    run, refreshed = load(), []
+    monkeypatch.setattr(sandbox, "refresh", refreshed.append)
+    made, weight = run.generator, run.generator.backbone.head.weight
+    first, other = weight.data, weight.data + 1
+
+    def count():
+        refreshed.clear()
+        made._refresh_copies()
+        return len(refreshed)
+
+    assert count() == len(made._modules) and count() == 0
+    for exchanged in (other, first):
+        weight.data = exchanged
+        assert count() == len(made._modules) and count() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gelu_within_the_product_is_its_tanh_form(dtype):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(3, 5, 64), torch.randn(128, 64) / 8, torch.randn(128)
+    exact = blocks.linear_gelu(x.double(), weight.double(), bias.double())
+    found = blocks.linear_gelu(*(each.to("cuda", dtype) for each in (x, weight, bias)))
+    assert (found.cpu().double() - exact).abs().max() < (2e-3 if dtype == torch.float16 else 2e-2)
+
+
+def test_gelu_as_an_operator_is_what_the_mlp_computes():
+    x, ffn = torch.randn(2, 3, 8), blocks.Mlp(8, 16, act_layer=partial(torch.nn.GELU, "tanh"))
+    found = ffn.fc2(blocks.linear_gelu(x, ffn.fc1.weight, ffn.fc1.bias))
+    torch.testing.assert_close(found, ffn(x))
+    torch.library.opcheck(blocks.linear_gelu, (x, ffn.fc1.weight.detach(), ffn.fc1.bias.detach()))
+
+
+@pytest.mark.usefixtures("quickly_compiled")
 def test_a_decoder_is_built_once_for_drawing_and_watching(load):
     run, seen = load(), []
     images = drawn(run, "on")

@@ -15,8 +15,9 @@ _NAME_LENGTH = 160
 def kernels_of(clock: Clock, call: Callable[[], object]) -> dict[str, Any]:
     """The kernels of one call (on a CPU its operators), those that took longest first.
 
-    `kernels` has their names, calls and seconds, `kernels_seconds` what all of them took: beside
-    the row's own seconds it tells how long the device had nothing to do. Without them, why.
+    `kernels` has their names, calls and seconds, `kernels_seconds` what all of them took; what that
+    is less than the row's own seconds, the device had nothing to do for, roughly: kernels may run
+    side by side, and watching them takes time. Without them, why.
     """
 
     def measure() -> dict[str, Any]:
@@ -35,6 +36,6 @@ def kernels_of(clock: Clock, call: Callable[[], object]) -> dict[str, Any]:
 
 def _row(event: Any, on_gpu: bool) -> Mapping[str, Any] | None:
     spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    if not spent:
+    if not spent or event.is_user_annotation:
         return None
     return {"name": event.key[:_NAME_LENGTH], "calls": event.count, "seconds": spent / 1e6}

@@ -143,7 +143,9 @@ class Bench:
         else:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
-            if self.params.profile and "generation" in asked:
+            if self.params.profile and "generation" not in asked:
+                absent["profile: trace.json"] = "it is of a generation, which was not asked for"
+            elif self.params.profile:
                 where = self._precisions(run.device)[0], min(self._sizes(run.device))
                 setting = self._setting(*where, fast=self._modes(run)[-1])
                 kept = attempt(lambda: _keep_trace(run, setting))
