@@ -99,7 +99,9 @@ def test_each_kind_of_call_is_measured_once_and_told(measured, cache):
         ("attention", f"{case} and backward", "math", "math 1 ms, sdpa 2 ms"),
     ]
     ((machine, found),) = json.loads(cache.read_text()).items()
-    assert machine.startswith("CPU, torch ") and machine.endswith("among sdpa math, timed in graphs")
+    assert machine.startswith("CPU, torch ") and machine.endswith(
+        "among sdpa math, timed in graphs"
+    )
     assert found[case] == {"name": "math", "why": "math 1 ms, sdpa 2 ms"}
 
 

@@ -251,16 +251,13 @@ def test_a_compiled_decoder_leaves_no_trace_in_the_tokenizer_and_follows_a_copy(
 def test_a_copy_of_a_decoder_follows_weights_that_are_exchanged_and_the_mode(load):
     run = load(autoencoder=CNN_SETTINGS | {"dropout": 0.5})
     autoencoder = run.tokenizer.autoencoder
-    with torch.autocast("cpu", torch.bfloat16):
-        autoencoder.train()
-        rendered(run, True)
-        autoencoder.eval()
-        for factor in (1.0, 0.9):
-            awaken(autoencoder)
-            with torch.no_grad():
-                autoencoder.decoder.conv_out.weight.mul_(factor)
+    autoencoder.train()
+    for seed in (0, 1):
+        awaken(autoencoder, seed)
+        with torch.autocast("cpu", torch.bfloat16):  # which remembers what it has cast
             fused, plain = rendered(run, True), rendered(run, False)
-            assert (fused - plain).norm() < 2e-2 * plain.norm()
+        assert autoencoder.training or (fused - plain).norm() < 2e-2 * plain.norm()
+        autoencoder.eval()
 
 
 def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, monkeypatch):
