@@ -291,6 +291,7 @@ def test_gelu_as_an_operator_is_what_the_mlp_computes():
     x, ffn = torch.randn(2, 3, 8), blocks.Mlp(8, 16, act_layer=partial(torch.nn.GELU, "tanh"))
     found = ffn.fc2(blocks.linear_gelu(x, ffn.fc1.weight, ffn.fc1.bias))
     torch.testing.assert_close(found, ffn(x))
+    torch.testing.assert_close(ffn.fc2(blocks.gelu(ffn.fc1(x))), ffn(x))
     torch.library.opcheck(blocks.linear_gelu, (x, ffn.fc1.weight.detach(), ffn.fc1.bias.detach()))
 
 

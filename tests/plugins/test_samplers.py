@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sandbox_plugins.samplers import Greedy, TopKTopP
+from sandbox_plugins.samplers import Greedy, TopKTopP, likeliest
 from sandbox_plugins.samplers.likeliest import _masses
 
 seeds = st.integers(0, 2**16)
@@ -246,3 +246,18 @@ def test_guidance_grows_as_its_shape_says():
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         sampler(**settings)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.7, 0.96, 1 - 1e-9])
+@pytest.mark.parametrize("few", [1, 3, 64])
+def test_a_few_of_the_likeliest_tell_what_the_search_of_all_tells(monkeypatch, few, top_p):
+    monkeypatch.setattr(likeliest, "FEW", few)
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.0, 0.1, 1.0, 3.0, 30.0])[:, None, None]
+    logits = spread * torch.randn(5, 20, 33, generator=rng)
+    logits[:, ::2] = logits[:, ::2].round()  # ties
+    logits[:, 3, :-1], logits[:, 5, 4:] = -torch.inf, -torch.inf
+    masses = _masses(logits)
+    enough = masses.sum(dim=-1, keepdim=True).double() * top_p
+    found = likeliest._least_of_few(logits, masses, enough)
+    assert torch.equal(found, likeliest._least(logits, masses, enough))
