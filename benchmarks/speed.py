@@ -123,17 +123,23 @@ def goals(measured: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def modes(measured: Mapping[str, Any]) -> Iterator[str]:
+def timed(measured: Mapping[str, Any], part: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a part that could be measured, with their files."""
     for file, kept in measured.items():
-        for row in kept.get("generation", []):
+        for row in kept.get(part, []):
             if "median_seconds" in row:
-                yield (
-                    f"| {file} | {row['precision']} | {row['batch_size']} | {row.get('fast', '-')} "
-                    f"| {1e3 * row['median_seconds']:.4g} | {row['images_per_second']:.4g} "
-                    f"| {optional(row, 'times_as_fast', '.2f')} | {row['first_seconds']:.3g} "
-                    f"| {row['peak_bytes'] / GIB:.1f} | {percent(row, 'share_of_matmul')} "
-                    f"| {percent(row, 'share_of_copy')} | {split(row)} |"
-                )
+                yield file, row
+
+
+def modes(measured: Mapping[str, Any]) -> Iterator[str]:
+    for file, row in timed(measured, "generation"):
+        yield (
+            f"| {file} | {row['precision']} | {row['batch_size']} | {row.get('fast', '-')} "
+            f"| {1e3 * row['median_seconds']:.4g} | {row['images_per_second']:.4g} "
+            f"| {optional(row, 'times_as_fast', '.2f')} | {row['first_seconds']:.3g} "
+            f"| {row['peak_bytes'] / GIB:.1f} | {percent(row, 'share_of_matmul')} "
+            f"| {percent(row, 'share_of_copy')} | {split(row)} |"
+        )
 
 
 def optional(row: Mapping[str, Any], name: str, form: str) -> str:
@@ -155,39 +161,32 @@ def split(row: Mapping[str, Any]) -> str:
 
 
 def coding(measured: Mapping[str, Any]) -> Iterator[str]:
-    for kept in measured.values():
-        for part in ("encoding", "decoding"):
-            for row in kept.get(part, []):
-                if "median_seconds" in row:
-                    changed = percent(row, "ids_changed") if part == "encoding" else ""
-                    yield (
-                        f"| {part} | {row['precision']} | {'yes' if row.get('compiled') else 'no'} "
-                        f"| {row['images_per_second']:.4g} | {changed} "
-                        f"| {row['peak_bytes'] / GIB:.1f} |"
-                    )
+    for part in ("encoding", "decoding"):
+        for _, row in timed(measured, part):
+            changed = percent(row, "ids_changed") if part == "encoding" else ""
+            yield (
+                f"| {part} | {row['precision']} | {'yes' if row.get('compiled') else 'no'} "
+                f"| {row['images_per_second']:.4g} | {changed} | {row['peak_bytes'] / GIB:.1f} |"
+            )
 
 
 def training(measured: Mapping[str, Any]) -> Iterator[str]:
-    for file, kept in measured.items():
-        for row in kept.get("training", []):
-            if "median_seconds" in row:
-                parts = {
-                    name: 1e3 * statistics.median(each[name] for each in row["splits"])
-                    for name in row["splits"][0]
-                }
-                yield (
-                    f"| {file} | {row['batch_size']} | {'yes' if row.get('compiled') else 'no'} "
-                    f"| {row['images_per_second']:.4g} | {row['peak_bytes'] / GIB:.1f} "
-                    f"| {', '.join(f'{ms:.0f}' for ms in parts.values())} "
-                    f"| {percent(row, 'share_of_matmul')} |"
-                )
+    for file, row in timed(measured, "training"):
+        parts = {
+            name: 1e3 * statistics.median(each[name] for each in row["splits"])
+            for name in row["splits"][0]
+        }
+        yield (
+            f"| {file} | {row['batch_size']} | {'yes' if row.get('compiled') else 'no'} "
+            f"| {row['images_per_second']:.4g} | {row['peak_bytes'] / GIB:.1f} "
+            f"| {', '.join(f'{ms:.0f}' for ms in parts.values())} "
+            f"| {percent(row, 'share_of_matmul')} |"
+        )
 
 
 def ratio(measured: Mapping[str, Any]) -> Iterator[str]:
-    rows = {
-        file: [r for r in measured.get(file, {}).get("generation", []) if "median_seconds" in r]
-        for file in ("d16", "raster")
-    }
+    made = list(timed(measured, "generation"))
+    rows = {name: [row for file, row in made if file == name] for name in ("d16", "raster")}
     for mode in ("off", "on"):
         mine, theirs = ([r for r in rows[f] if r.get("fast") == mode] for f in ("d16", "raster"))
         ones = [next((r for r in each if r["batch_size"] == 1), None) for each in (mine, theirs)]

@@ -194,15 +194,16 @@ class Autoregressive:
         recorded = self.fast != "off" and labels.device.type == "cuda"
         if watch is not None or not recorded or not self._followed:
             return self._sample(labels, rng, watch=watch)
-        self._refresh_copies()
+        where = sandbox.places(self._modules)
+        self._refresh_copies(where)
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
-            drawn, labels, rng, key=self._kind(labels), at_once=self.fast == "on"
+            drawn, labels, rng, key=(where, *self._kind(labels)), at_once=self.fast == "on"
         )
 
-    def _refresh_copies(self) -> None:
+    def _refresh_copies(self, where: tuple[Hashable, ...]) -> None:
         """Of weights, where there are any and weights have moved: recordings read them."""
-        now = sandbox.places(self._modules), sandbox.versions(self._modules)
+        now = where, sandbox.versions(self._modules)
         if now == self._seen:
             return
         self._seen = now
@@ -262,14 +263,13 @@ class Autoregressive:
                 part.fused = False
 
     def _kind(self, labels: Int[Tensor, " b"]) -> Hashable:
-        """What a recorded call depends on besides labels, randomness and the weights' values."""
+        """What a recorded call depends on besides labels, randomness and the weights."""
         kind, backends = labels.device.type, torch.backends
         return (
             (labels.shape, labels.dtype, labels.device),
             (self.fast, id(self.sampler)),
             (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision),
-            sandbox.places(self._modules),
         )
 
 

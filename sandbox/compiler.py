@@ -6,8 +6,9 @@ own words; whatever else the compiler says is still told.
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 
@@ -38,3 +39,19 @@ def compiling() -> Iterator[None]:
 
 def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("failed while executing pow_by_natural(")
+
+
+def tried(trial: Callable[[], ModuleType], without: str) -> ModuleType | None:
+    """The module of kernels that `trial` imports and runs once, or None where it cannot.
+
+    It may not be there on this platform; or the compiler that it needs is not, or fails, of which a
+    warning tells in the words of `without`.
+    """
+    try:
+        return trial()
+    except ImportError:
+        return None
+    except Exception as error:  # whatever compilers raise
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"{without}, so slower: {reason}", stacklevel=3)
+        return None

@@ -6,7 +6,6 @@ nothing here sorts or waits for the device, and all shapes are static: a CUDA gr
 """
 
 import math
-import warnings
 from functools import cache
 from types import ModuleType
 from typing import Literal
@@ -113,18 +112,14 @@ def _kernel_for(logits: Float[Tensor, "b n v"]) -> ModuleType | None:
 @cache
 def _kernel(device: torch.device) -> ModuleType | None:
     """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
-    try:
+
+    def trial() -> ModuleType:
         from . import kernel
 
         kernel.narrow(torch.zeros(1, 2, device=device), 1, 0.5)
-    except ImportError:
-        return None
-    except Exception as error:  # whatever compilers raise
-        reason = " ".join(str(error).split())[:200]
-        told = f"top-k and top-p without their Triton kernel, so slower: {reason}"
-        warnings.warn(told, stacklevel=2)
-        return None
-    return kernel
+        return kernel
+
+    return sandbox.tried(trial, "top-k and top-p without their Triton kernel")
 
 
 def search(logits: Float[Tensor, "*b v"], top_k: int, top_p: float) -> Float[Tensor, "*b v"]:

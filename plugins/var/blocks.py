@@ -6,7 +6,6 @@ and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, ar
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -175,20 +174,16 @@ def _kernel(
     device: torch.device, dtype: torch.dtype, num_heads: int, e: int, qk_norm: bool
 ) -> ModuleType | None:
     """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
-    try:
+
+    def trial() -> ModuleType:
         from . import kernel
 
         scale = torch.zeros(1, num_heads, 1, 1, device=device) if qk_norm else None
         qkv = torch.zeros(1, 1, 3 * num_heads * e, dtype=dtype, device=device)
         kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
-    except ImportError:
-        return None
-    except Exception as error:  # whatever compilers raise
-        reason = " ".join(str(error).split())[:200]
-        told = f"keys and values placed without their Triton kernel, so slower: {reason}"
-        warnings.warn(told, stacklevel=2)
-        return None
-    return kernel
+        return kernel
+
+    return sandbox.tried(trial, "keys and values placed without their Triton kernel")
 
 
 class SelfAttention(nn.Module):

@@ -4,12 +4,11 @@ Where there is no GPU, Triton's interpreter checks the arithmetic on a few rows,
 that torch finds: `exp` differs between a CPU and a GPU.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import python
 from scipy.stats import chisquare
 
 from sandbox.replay import Recording
@@ -49,15 +48,6 @@ print("agreed")
 def raced(logits, noise, top_k, top_p):
     """The ids as they are drawn without the kernel."""
     return (search(logits, top_k, top_p).softmax(-1) / noise).argmax(-1)
-
-
-def python(code, **env):
-    """What the code prints in a process of its own."""
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    env = {**os.environ, **env, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_interpreted_it_keeps_and_draws_what_the_search_does():

@@ -3,12 +3,11 @@
 Where there is no GPU, Triton's interpreter checks the arithmetic on a few tokens.
 """
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 
 from sandbox import Mask
@@ -103,15 +102,6 @@ for one, other in zip(stepped(kernel), stepped(None)):
     torch.testing.assert_close(one, other)
 print("agreed")
 """
-
-
-def python(code, **env):
-    """What the code prints in a process of its own."""
-    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
-    env = {**os.environ, **env, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_interpreted_it_places_what_is_projected_and_a_block_attends_to_that():

@@ -15,6 +15,7 @@ from ..encoding import coding_precisions
 from ..settings import autocast
 from .ceilings import copy, matrix_product
 from .clock import Clock, Precision, attempt
+from .comparing import add_ratios, add_shares
 from .counting import HOW, Work, work_of
 from .plot import plot
 from .rows import Setting, decoding, encoding, generation, training
@@ -155,7 +156,7 @@ class Bench:
                 found["training"] = self._training(run, clock, absent)
         elif self.params.profile:
             absent["profile"] = "the recipe names no generator"
-        _add_shares(found, ceilings, run.device)
+        add_shares(found, ceilings, run.device)
         if any(row.get("peak_bytes", 0) is None for rows in found.values() for row in rows):
             absent["peak memory"] = "this system does not tell a process's peak anew"
         return {"ceilings": ceilings, **found, "left_out": absent}
@@ -219,7 +220,7 @@ class Bench:
         for setting in settings:
             rows.append(measure(run, clock, setting))
             run.say(brief(part, rows[-1]))
-        _add_ratios(rows)
+        add_ratios(rows)
         return rows
 
     def _setting(self, precision: str, size: int, **how: Any) -> Setting:
@@ -260,41 +261,6 @@ def _environment(run: sandbox.Run) -> Mapping[str, Any]:
     """What the run keeps of versions, machine and command."""
     path = run.folder / "environment.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _add_shares(
-    found: Mapping[str, list[dict[str, Any]]], ceilings: Mapping[str, Any], device: torch.device
-) -> None:
-    """The share of each ceiling that a row reaches, where both are known."""
-    rates = {row["precision"]: row.get("flops_per_second") or 0 for row in ceilings["matmul"]}
-    # A CPU may have no fast product in 16 bits; and a part may keep some of its work in float32.
-    best = {precision: max(rate, rates["float32"]) for precision, rate in rates.items()}
-    for part, rows in found.items():
-        for row in rows:
-            # A GPU's training runs float32 as TF32, which is not what the product was measured in.
-            tf32 = (part, row["precision"], device.type) == ("training", "float32", "cuda")
-            if (rate := row.get("flops_per_second")) and best[row["precision"]] and not tf32:
-                row["share_of_matmul"] = rate / best[row["precision"]]
-            copied = ceilings["copy"].get("bytes_per_second")
-            if (rate := row.get("bytes_per_second")) and copied:
-                row["share_of_copy"] = rate / copied
-
-
-def _add_ratios(rows: list[dict[str, Any]]) -> None:
-    """How many times as fast a row is as the plain one beside it."""
-    plain = {
-        (row["precision"], row["batch_size"]): row.get("median_seconds")
-        for row in rows
-        if _is_plain(row)
-    }
-    for row in rows:
-        before = plain.get((row["precision"], row["batch_size"]))
-        if not _is_plain(row) and before and "median_seconds" in row:
-            row["times_as_fast"] = before / row["median_seconds"]
-
-
-def _is_plain(row: Mapping[str, Any]) -> bool:
-    return not row.get("compiled") and row.get("fast", "off") == "off"
 
 
 def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
