@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -35,6 +36,17 @@ def compiling() -> Iterator[None]:
             yield
         finally:
             _BOUNDS.removeFilter(_is_news)
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Within, cuDNN measures its kernels at the first convolution of a size, and keeps the best."""
+    cudnn: Any = torch.backends.cudnn  # torch leaves its switches untyped
+    before, cudnn.benchmark = cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _is_news(record: logging.LogRecord) -> bool:

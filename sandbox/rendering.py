@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sandbox.compiler import compiling
+from sandbox.compiler import compiling, fastest_convolutions
 from sandbox.interfaces import Autoencoder
 
 _PRODUCTS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
@@ -37,7 +37,7 @@ def render(
     if not fused:
         return _images(autoencoder, features)
     # Of the several modes without gradients always the same one, or it would be built for each.
-    with compiling(), torch.inference_mode(False), torch.no_grad():
+    with fastest_convolutions(), compiling(), torch.inference_mode(False), torch.no_grad():
         return fused_images()(_ready(autoencoder, features.device), features)
 
 
@@ -59,7 +59,7 @@ def fused_images() -> Callable[[Autoencoder, Tensor], Tensor]:
 def _images(
     autoencoder: Autoencoder, features: Float[Tensor, "b c h w"]
 ) -> Float[Tensor, "b 3 H W"]:
-    return autoencoder.decode(features).float().clamp(-1, 1)
+    return autoencoder.decode(features).float().clamp(-1, 1).contiguous()
 
 
 def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:

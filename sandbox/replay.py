@@ -6,6 +6,7 @@ change in place, but whoever records must name in the `key` all else that a call
 `places` tells where tensors lie.
 """
 
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -49,7 +50,7 @@ class Recording:
         self.graph.register_generator_state(self._rng)
         cuda: Any = torch.cuda  # torch leaves streams untyped
         with cuda.device(device):
-            stream = cuda.Stream()
+            stream = _recording_stream(device)
             stream.wait_stream(cuda.current_stream())
             try:
                 with cuda.stream(stream):
@@ -127,6 +128,8 @@ class Recordings:
         try:
             return Recording(compute, inputs, rng, shared.graph.pool() if shared else None)
         except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):  # leave the plain way what there is
+                self._forget()
             reason = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"not recorded as a CUDA graph, so slower: {type(error).__name__}: {reason}",
@@ -134,6 +137,20 @@ class Recordings:
                 stacklevel=4,
             )
             return compute
+
+    def _forget(self) -> None:
+        """Give back the memory of all recordings."""
+        recorded = [key for key, call in self._calls.items() if isinstance(call, Recording)]
+        for key in recorded:
+            del self._calls[key]
+        torch.cuda.empty_cache()
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> Any:
+    """The same for all recordings: on another stream none could use the memory they share."""
+    cuda: Any = torch.cuda
+    return cuda.Stream(device)
 
 
 def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:

@@ -14,6 +14,8 @@ class Pretended:
     made = []
 
     def __init__(self, compute, inputs, rng, pool=None):
+        if inputs.numel() > 16:
+            raise torch.OutOfMemoryError("no more")
         if inputs.numel() > 8:
             raise RuntimeError("waits for the\ndevice")
         self.compute, self.graph = compute, self
@@ -72,6 +74,15 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_is_told_once(pretended):
     assert call(recordings, 9) == 2 and pretended == []
 
 
+def test_where_memory_runs_out_recordings_make_way(pretended):
+    recordings = Recordings()
+    call(recordings, 2, at_once=True)
+    with pytest.warns(NotRecorded, match="OutOfMemoryError: no more"):
+        assert call(recordings, 17, at_once=True) == 2
+    assert call(recordings, 17) == 2
+    assert call(recordings, 2, at_once=True) == -2 and pretended == [2, 2]
+
+
 def test_places_tell_whether_weights_were_moved_and_not_whether_they_changed():
     module = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
     before = places(module.modules())
@@ -110,6 +121,19 @@ def test_recordings_that_share_their_memory_do_not_disturb_one_another():
         again = recordings.run(draw, inputs, gpu_rng(seed + 9), key=size, at_once=True)
         assert torch.equal(found, draw(inputs, gpu_rng(seed)))
         assert torch.equal(again, draw(inputs, gpu_rng(seed + 9)))
+
+
+@pytest.mark.gpu
+def test_recordings_need_together_what_the_largest_needs():
+    def big(inputs, rng):
+        return (inputs.expand(2**26) + 1).sum(dim=0, keepdim=True)
+
+    recordings, reserved = Recordings(), []
+    for key in range(4):
+        recordings.run(big, torch.ones(1, device="cuda"), gpu_rng(), key=key, at_once=True)
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] - reserved[0] < 2**28
 
 
 @pytest.mark.gpu

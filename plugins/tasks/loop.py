@@ -135,17 +135,16 @@ def laid_out_for_speed(network: nn.Module, device: torch.device) -> Iterator[Non
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    before, cudnn.benchmark = cudnn.benchmark, True
     precision, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     convolves = any(parameter.ndim == 4 for parameter in network.parameters())
     try:
         if convolves:
             network.to(memory_format=torch.channels_last)
-        yield
+        with sandbox.fastest_convolutions():
+            yield
     finally:
-        cudnn.benchmark, matmul.fp32_precision = before, precision
+        matmul.fp32_precision = precision
         if convolves:
             network.to(memory_format=torch.contiguous_format)
 

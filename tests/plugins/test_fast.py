@@ -284,7 +284,8 @@ def test_gelu_within_the_product_is_its_tanh_form(dtype):
     x, weight, bias = torch.randn(3, 5, 64), torch.randn(128, 64) / 8, torch.randn(128)
     exact = blocks.linear_gelu(x.double(), weight.double(), bias.double())
     found = blocks.linear_gelu(*(each.to("cuda", dtype) for each in (x, weight, bias)))
-    assert (found.cpu().double() - exact).abs().max() < (2e-3 if dtype == torch.float16 else 2e-2)
+    close = 2e-3 if dtype == torch.float16 else 2e-2
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=close, atol=close)
 
 
 def test_gelu_as_an_operator_is_what_the_mlp_computes():

@@ -31,7 +31,7 @@ HOW = {
     "and attention's picks where there were none before, and a CUDA graph",
     "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",
     "kernels": "with `profile`, what ran on the device in one call more (on a CPU, operators), the "
-    "25 that took longest; `kernels_seconds` is what all took, roughly the row's seconds less the "
+    "60 that took longest; `kernels_seconds` is what all took, roughly the row's seconds less the "
     "time in which nothing ran (kernels may run side by side, and watching them takes time)",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",

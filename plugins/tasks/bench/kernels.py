@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity
 
 from .clock import Clock, attempt
 
-_MOST = 25
+_MOST = 60
 _NAME_LENGTH = 160
 
 
