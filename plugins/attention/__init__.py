@@ -9,12 +9,14 @@ from typing import Any
 import sandbox
 
 from .auto import AutoAttention
+from .cached import CachedAttention
 from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .plain import MathAttention, SdpaAttention
 from .prefix import PrefixAttention
 
 __all__ = [
     "AutoAttention",
+    "CachedAttention",
     "CudnnAttention",
     "FlexAttention",
     "MathAttention",
@@ -34,5 +36,6 @@ def sandbox_register(register: Any) -> None:
         "prefix": PrefixAttention,
         "xformers": XformersAttention,
         "flex": FlexAttention,
+        "cached": CachedAttention,
     }.items():
         register(sandbox.AttentionBackend, name, cls)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sandbox
 from sandbox import AttentionRequest, Mask
 
+from .cached import CachedAttention
 from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .measuring import fastest
 from .picks import settled
@@ -29,6 +30,7 @@ CANDIDATES: dict[str, type[Attention]] = {
     "prefix": PrefixAttention,
     "xformers": XformersAttention,
     "flex": FlexAttention,
+    "cached": CachedAttention,
 }
 HANDED_ON = {"full": ("flex", "prefix"), "causal": ("flex", "prefix"), "dense": ("prefix",)}
 """Kinds of mask that backends leave to another one, or for which others have kernels of their own.

@@ -13,6 +13,7 @@ from sandbox.plugins import load_plugins
 from sandbox.testing import attention_law
 from sandbox_plugins.attention import (
     AutoAttention,
+    CachedAttention,
     CudnnAttention,
     FlexAttention,
     MathAttention,
@@ -28,7 +29,7 @@ foreign_warnings = pytest.mark.filterwarnings("default")
 
 OTHERS = [
     *(AutoAttention, SdpaAttention, CudnnAttention),
-    *(PrefixAttention, FlexAttention, XformersAttention),
+    *(PrefixAttention, FlexAttention, XformersAttention, CachedAttention),
 ]
 
 
@@ -213,8 +214,8 @@ ON_CUDA = {
     "dense": (ODD, 29, 37),
 }
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 5e-3}
-MAY_REFUSE = {"cudnn", "xformers"}
-"""What depends on the GPU, and on what was built for it."""
+MAY_REFUSE = {"cudnn", "xformers", "cached"}
+"""What depends on the GPU, and on what was built for it; or is for drawing alone."""
 
 
 @pytest.fixture

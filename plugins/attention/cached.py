@@ -1,0 +1,64 @@
+"""The backend with a kernel of our own, for drawing: a few queries, and a cache of keys and values.
+
+The one idea to hold: it has one kernel, for all keys and no gradients, and refuses all else.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+import sandbox
+from sandbox import AttentionRequest, Mask
+
+from .plain import SdpaAttention, kept
+
+HEAD_DIMS = 16, 32, 64, 128
+DTYPES = torch.float16, torch.bfloat16, torch.float32
+
+
+class CachedAttention(SdpaAttention):
+    """A Triton kernel for drawing step by step: CUDA, no mask, no gradients, heads of 16 to 128.
+
+    Queries, keys and values are read where they lie, slices of a longer cache included; what comes
+    out lies heads beside channels. Softmax and sums are in float32, whatever the type.
+    """
+
+    def limit(self, request: AttentionRequest) -> str | None:
+        if torch.device(request.device).type != "cuda":
+            return f"the kernel for a cache runs on CUDA devices only, not on {request.device}"
+        if request.dtype not in DTYPES:
+            return f"there is no kernel for a cache of {request.dtype}"
+        if request.head_dim not in HEAD_DIMS:
+            known = ", ".join(map(str, HEAD_DIMS))
+            return f"the kernel for a cache has heads of {known} channels, not {request.head_dim}"
+        if request.mask.kind != "full":
+            return f"the kernel for a cache hides nothing, but the mask is: {request.mask.kind}"
+        if request.needs_grad:
+            return "the kernel for a cache has no backward pass"
+        return _untried(request.device, request.dtype, request.head_dim)
+
+    @torch.compiler.disable
+    def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        if is_in_torch_dispatch_mode():  # what watches or fakes all operations knows sdpa alone
+            return super().compute(q, k, v, mask, scale)
+        from . import cached_kernel
+
+        return cached_kernel.attend(q, k, v, scale)
+
+
+@kept
+def _untried(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What a trial says: triton may be missing, or the compiler that it needs."""
+
+    def trial() -> ModuleType:
+        from . import cached_kernel
+
+        x = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
+        cached_kernel.attend(x, x, x, 1.0)
+        return cached_kernel
+
+    if sandbox.tried(trial, "attention over a cache without its Triton kernel") is None:
+        return "triton is not there, or cannot build the kernel for a cache"
+    return None

@@ -1,0 +1,150 @@
+"""Attention over a cache of keys and values, as one Triton kernel: a few queries, all keys.
+
+The one idea to hold: a program keeps a tile of one head's queries in registers, reads keys and
+values once, from where they lie, and brings what it has summed to a new greatest score as it meets
+one. Nothing is copied before, and what comes out lies as the next product reads it.
+
+Imported only for tensors on a GPU: triton takes its time, and is not there on every platform.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+FILL = 128
+"""Programs that keep a GPU busy, about one a multiprocessor: below it, tiles get smaller."""
+FEWEST, MOST = 16, 128
+"""Queries of a tile: what a tensor core takes at least, and what registers hold."""
+
+
+def attend(
+    q: Float[Tensor, "b heads n e"],
+    k: Float[Tensor, "b heads p e"],
+    v: Float[Tensor, "b heads p e"],
+    scale: float,
+) -> Float[Tensor, "b heads n e"]:
+    """`softmax(scale q k^T) v` for e of 16, 32, 64 or 128; in memory it is `b n heads e`."""
+    (b, heads, n, e), p = q.shape, k.shape[2]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(b, n, heads, e)
+    queries, keys, warps = tiles(b * heads, n, p, e, q.dtype)
+    across = triton.cdiv(n, queries)
+    with torch.cuda.device_of(q):
+        _attend[(b * heads * across,)](
+            q,
+            k,
+            v,
+            out,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            scale * math.log2(math.e),
+            heads,
+            n,
+            p,
+            across,
+            e,
+            queries,
+            keys,
+            p <= keys,
+            num_warps=warps,
+            num_stages=2,
+        )
+    return out.transpose(1, 2)
+
+
+def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Queries and keys of a tile, and warps of a program, for `rows` images times heads.
+
+    Numbers of keys between the same two powers of two have the same: `auto` measures one of them.
+    """
+    full = dtype == torch.float32  # no tensor cores, and all factors of a product in registers
+    queries = 32 if full else MOST
+    while queries > FEWEST and -n % queries >= queries // 2:  # half of the last would be empty
+        queries //= 2
+    while queries > FEWEST and rows * triton.cdiv(n, queries) < FILL:
+        queries //= 2
+    most_keys = 128
+    if full:
+        most_keys = 32
+    elif e > 64 or (p > 128 and queries > 32):
+        most_keys = 64
+    keys = min(max(triton.next_power_of_2(p), 32), most_keys)
+    return queries, keys, 4 if full else queries // 16
+
+
+@triton.jit(do_not_specialize=["heads", "n", "p", "across"])  # one build for all that tiles alike
+def _attend(
+    q,
+    k,
+    v,
+    out,
+    q_image,
+    q_head,
+    q_turn,
+    k_image,
+    k_head,
+    k_turn,
+    v_image,
+    v_head,
+    v_turn,
+    scale,
+    heads,
+    n,
+    p,
+    across,
+    E: tl.constexpr,  # noqa: N803
+    QUERIES: tl.constexpr,  # noqa: N803
+    KEYS: tl.constexpr,  # noqa: N803
+    ONCE: tl.constexpr,  # noqa: N803
+):
+    """A tile of one head's queries; `scale` is that of a power of two."""
+    program = tl.program_id(0)  # tiles of one head are neighbours, and share its keys in the cache
+    row, first = program // across, program % across * QUERIES
+    image, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    queries, keys = tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[:, None]
+    channels = tl.arange(0, E)[None, :]
+    there, first = queries < n - first, first.to(tl.int64)
+    q += image * q_image + head * q_head + first * q_turn
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    k_own, v_own = keys * k_turn + channels, keys * v_turn + channels
+    asked = tl.load(q + queries * q_turn + channels, there, 0.0)
+    greatest = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    seen = tl.zeros([QUERIES, E], tl.float32)
+    if ONCE:  # without a loop, queries, keys and values are on their way at the same time
+        greatest, total, seen = _look(
+            asked, k + k_own, v + v_own, p, scale, greatest, total, seen, KEYS
+        )
+    else:
+        for start in range(0, p, KEYS):
+            greatest, total, seen = _look(
+                asked, k + k_own, v + v_own, p - start, scale, greatest, total, seen, KEYS
+            )
+            k += KEYS * k_turn
+            v += KEYS * v_turn
+    write = out + ((image * n + first) * heads + head) * E + queries * (heads * E) + channels
+    tl.store(write, seen / total[:, None], there)
+
+
+@triton.jit
+def _look(q, k, v, left, scale, greatest, total, seen, KEYS: tl.constexpr):  # noqa: N803
+    """The greatest score, the sum of weights and of weighted values, with one more tile of keys."""
+    turns = tl.arange(0, KEYS)
+    there = turns[:, None] < left
+    keys = tl.load(k, there, 0.0)
+    values = tl.load(v, there, 0.0)
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(turns[None, :] < left, scores, -float("inf"))
+    now = tl.maximum(greatest, tl.max(scores, 1))
+    fade = tl.exp2(greatest - now)
+    weights = tl.exp2(scores - now[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    seen = seen * fade[:, None]
+    seen = tl.dot(weights.to(values.dtype), values, seen, input_precision="ieee")
+    return now, total, seen
