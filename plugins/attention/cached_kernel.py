@@ -74,7 +74,7 @@ def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, i
     elif e > 64 or (p > 128 and queries > 32):
         most_keys = 64
     keys = min(max(triton.next_power_of_2(p), 32), most_keys)
-    return queries, keys, 4 if full else queries // 16
+    return queries, keys, max(queries // 16, 4)  # warps share the keys where queries are few
 
 
 @triton.jit(do_not_specialize=["heads", "n", "p", "across"])  # one build for all that tiles alike
