@@ -21,6 +21,8 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
+from . import operators
+
 LAYER_NORM_EPS = 1e-6
 _CAST = "attn", "ffn", "ada_lin"
 MAX_LOG_SCALE = math.log(100)
@@ -226,6 +228,8 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `b heads n e`; `bias` if it was put together before."""
         qkv = self.product(x, bias)
+        if self.qk_norm and operators.suits(qkv, self.num_heads):
+            return operators.part(qkv, self.scale_mul_1H11)
         q, k, v = rearrange(
             qkv, "b n (qkv heads e) -> qkv b heads n e", qkv=3, heads=self.num_heads
         )
