@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
-from . import operators
+from . import few, operators
 
 LAYER_NORM_EPS = 1e-6
 _CAST = "attn", "ffn", "ada_lin"
@@ -67,8 +67,12 @@ class Block(nn.Module):
         of all three, which is the same in every step.
 
         With `fused` what stands before and after the attention is compiled; on a GPU one kernel
-        then takes keys and values from the product to their place.
+        then takes keys and values from the product to their place. With few tokens nothing is
+        compiled: the products are kernels of their own, too.
         """
+        kernel = _kernel_for(self.attn, x, memory[0]) if fused and memory is not None else None
+        if kernel and (skinny := few.products_for(self, x, modulation)):
+            return self.of_few(kernel, skinny, x, modulation, mask, memory)
         before, after = Block.before, Block.after
         if fused:
             before, after = fused_halves(dynamic=x.device.type == "cpu")
@@ -76,7 +80,7 @@ class Block(nn.Module):
             q, k, v = before(self, x, modulation)
         else:
             past, span, bias = memory
-            if fused and (kernel := _kernel_for(self.attn, x, past)):
+            if kernel:
                 qkv = before(self, x, modulation, bias, parted=False)
                 q = kernel.place(qkv, self.attn.log_scale(), past, span.start)
             else:
@@ -85,6 +89,26 @@ class Block(nn.Module):
             k, v = past[:, :, :, : span.stop]
         seen = self.attn.backend.attend(q, k, v, mask, self.attn.scale)
         return after(self, x, seen, modulation)
+
+    def of_few(
+        self,
+        kernel: ModuleType,
+        skinny: ModuleType,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b 1 6 d"],
+        mask: Mask,
+        memory: tuple[Tensor, slice, Tensor],
+    ) -> Float[Tensor, "b n d"]:
+        """`forward` to draw a few tokens, in six kernels."""
+        (past, span, bias), attn, ffn = memory, self.attn, self.ffn
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        qkv = skinny.normed_linear(x, shift1, scale1, attn.mat_qkv.weight, bias)
+        q = kernel.place(qkv, attn.log_scale(), past, span.start)
+        k, v = past[:, :, :, : span.stop]
+        seen = attn.backend.attend(q, k, v, mask, attn.scale)
+        x = skinny.gated_linear(seen, attn.proj.weight, attn.proj.bias, gate1, x)
+        hidden = skinny.normed_linear(x, shift2, scale2, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
+        return skinny.gated_linear(hidden[:, None], ffn.fc2.weight, ffn.fc2.bias, gate2, x)
 
     def before(
         self,

@@ -1,0 +1,258 @@
+"""The Triton products with few tokens give what the modules they stand for give.
+
+Where there is no GPU, Triton's interpreter checks the arithmetic on narrow blocks.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import python
+from torch import nn
+from torch.nn import functional as F
+
+from sandbox import Mask
+from sandbox_plugins.attention.plain import SdpaAttention
+from sandbox_plugins.var import blocks, few
+from sandbox_plugins.var.blocks import Block
+
+HALF = [torch.bfloat16, torch.float16]
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""Relative, of a token: about two steps between numbers of the type."""
+
+
+def assert_close(found, exact, dtype):
+    assert found.dtype == dtype and found.shape == exact.shape and found.isfinite().all()
+    gap = (found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert gap.max() < CLOSE[dtype], f"{gap.max():.2e}"
+
+
+def operands(dtype, b, n, d, device):
+    """What a block has: a residual stream off its centre, and six modulations, side by side."""
+    rng = torch.Generator(device).manual_seed(0)
+
+    def made(*shape):
+        return torch.randn(*shape, generator=rng, device=device)
+
+    sizes, centre = torch.logspace(-1, 2, b * n, device=device), 3 if dtype in HALF else 0.1
+    x = (made(b, n, d) * sizes.view(b, n, 1) + centre).to(dtype)
+    return made, x, made(b, 1, 6, d).to(dtype).unbind(2)
+
+
+def assert_normed(skinny, dtype, b, n, d, num_out, gelu, device="cpu"):
+    made, x, six = operands(dtype, b, n, d, device)
+    weight, bias = (made(num_out, d) / d**0.5).to(dtype), made(num_out).to(dtype)
+    normed = F.layer_norm(x.double(), (d,), eps=blocks.LAYER_NORM_EPS)
+    normed = (normed * (1 + six[2].double()) + six[4].double()).to(dtype)
+    exact = F.linear(normed.double(), weight.double(), bias.double())
+    exact = F.gelu(exact, approximate="tanh") if gelu else exact
+    found = skinny.normed_linear(x, six[4], six[2], weight, bias, gelu)
+    assert_close(found, exact, dtype)
+    assert torch.equal(found, skinny.normed_linear(x, six[4], six[2], weight, bias, gelu))
+
+
+def assert_gated(skinny, dtype, b, n, heads, e, d, device="cpu"):
+    made, x, six = operands(dtype, b, n, d, device)
+    weight, bias = (made(d, heads * e) / e**0.5).to(dtype), made(d).to(dtype)
+    for order in ((b, heads, n, e), (b, n, heads, e)):  # as attention may leave it
+        y = made(*order).to(dtype)
+        y = y if order[1] == heads and order[2] == n else y.transpose(1, 2)
+        side_by_side = y.transpose(1, 2).reshape(b, n, heads * e)
+        product = F.linear(side_by_side.double(), weight.double(), bias.double())
+        for _ in range(2):  # what was counted is counted from zero again
+            found = skinny.gated_linear(y, weight, bias, six[0], x)
+            assert_close(found, x.double() + six[0].double() * product, dtype)
+    assert not skinny._arrived(y.device).any()
+
+
+def block_of(width, heads, mlp_width, dtype, device="cpu"):
+    torch.manual_seed(0)
+    settings = {"shared_adaln": False, "qk_norm": True, "dropout": 0.0}
+    backend = SdpaAttention(SdpaAttention.Params())
+    block = Block(width, heads, mlp_width=mlp_width, backend=backend, **settings)
+    for bias in (block.attn.q_bias, block.attn.v_bias):
+        nn.init.normal_(bias)
+    return blocks.cast_block(block.to(device).eval(), dtype).requires_grad_(False)
+
+
+def stepped(block, dtype, batch, fused, device="cpu"):
+    """Its output of a step of one token and one of three, as they follow one another."""
+    rng, width = torch.Generator(device).manual_seed(0), block.norm.normalized_shape[0]
+    heads, found = block.attn.num_heads, []
+    modulation = torch.randn(batch, 1, 6, width, generator=rng, device=device).to(dtype)
+    past = torch.zeros(2, batch, heads, 4, width // heads, dtype=dtype, device=device)
+    bias = block.attn.bias().to(dtype)
+    with torch.inference_mode(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        for span in (slice(0, 1), slice(1, 4)):
+            shape = batch, span.stop - span.start, width
+            x = torch.randn(shape, generator=rng, device=device).to(dtype)
+            found.append(block.forward(x, modulation, Mask(), (past, span, bias), fused))
+    return torch.cat(found, 1)
+
+
+def uncompiled(*_, **__):
+    raise AssertionError("compiled halves were asked for")
+
+
+INTERPRETED = """
+import sys
+
+import pytest
+import torch
+from test_skinny import *
+
+assert "sandbox_plugins.var.skinny" not in sys.modules  # nor, by it, triton
+from sandbox_plugins.var import kernel, skinny
+
+for dtype in (torch.float32, torch.float16):  # the interpreter has no products in bfloat16
+    for b, n in ((2, 1), (3, 6), (1, 33)):
+        assert_normed(skinny, dtype, b, n, 256, 128, gelu=b == 2)
+        assert_gated(skinny, dtype, b, n, 4, 32, 128)
+    assert skinny.plan(2, 1536, 128, normed=False).splits == 3
+    assert_gated(skinny, dtype, 2, 1, 1, 1536, 128)
+    assert_gated(skinny, dtype, 2, 10, 12, 128, 128)
+assert_normed(skinny, torch.float16, 1, 64, 128, 384, gelu=True)
+
+x, up, bias = torch.zeros(2, 3, 128), torch.zeros(256, 128), torch.zeros(256)
+shift = x[:, :1]
+for args in [(x, shift, shift, up[:200], bias[:200]), (x, shift, shift[:1], up, bias),
+             (x.expand(2, 3, 128).repeat(1, 11, 1), shift, shift, up, bias),
+             (x, shift, shift, up, bias.half()), (x[..., :64], *[shift[..., :64]] * 2, up, bias),
+             (x[:, :0], shift, shift, up, bias)]:
+    with pytest.raises(ValueError, match="no product of"):
+        skinny.normed_linear(*args)
+with pytest.raises(ValueError, match="no product of"):
+    skinny.gated_linear(x[:, None], up, bias, shift, x)
+spoilt = x.clone()
+spoilt[1, 1] = torch.nan
+bad = skinny.normed_linear(spoilt, shift, shift, up, bias, True).isnan()
+assert bad[1, 1].all() and bad.sum() == 256
+
+for dtype in (torch.float32, torch.float16):
+    block = block_of(128, 2, 640, dtype)
+    plain = stepped(block, dtype, 2, False).double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "_kernel_for", lambda *_: kernel)
+        patch.setattr(blocks.few, "products_for", lambda *_: skinny)
+        patch.setattr(blocks, "fused_halves", uncompiled)
+        assert_close(stepped(block, dtype, 2, True), plain, dtype)
+print("agreed")
+"""
+
+
+def test_interpreted_they_are_the_products_of_a_block():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    assert python(INTERPRETED, TRITON_INTERPRET="1") == "agreed\n"
+
+
+def test_a_plan_divides_what_it_cuts_and_fills_a_processor():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    from sandbox_plugins.var import skinny
+
+    for tokens in (1, 16, 17, 32, 33, few.LIMIT):
+        for d in range(128, 4097, 128):
+            for num_in, num_out, normed in [(d, 3 * d, True), (d, d, False), (4 * d, d, False)]:
+                cut = skinny.plan(tokens, num_in, num_out, normed=normed)
+                assert cut.rows >= tokens and num_out % cut.channels == 0
+                assert num_in % (cut.splits * cut.step) == 0 and few.CHUNK % cut.step == 0
+                read = cut.channels + cut.rows * (3 if normed else 1)
+                assert 2 * read * cut.step * cut.stages <= 114 * 1024
+
+
+def test_few_tokens_of_16_bits_in_even_widths_have_them(monkeypatch):
+    asked = []
+    monkeypatch.setattr(few, "_skinny", lambda *kind: asked.append(kind) or "skinny")
+    block = SimpleNamespace(
+        training=False,
+        attn=SimpleNamespace(num_heads=2),
+        ffn=SimpleNamespace(fc1=SimpleNamespace(weight=torch.zeros(256, 128).bfloat16())),
+    )
+
+    def found(shape=(2, 25, 128), dtype=torch.bfloat16, **changes):
+        x = torch.zeros(shape, dtype=dtype)
+        modulation = torch.zeros(shape[0], 1, 6, shape[2], dtype=dtype)
+        return few.products_for(SimpleNamespace(**{**vars(block), **changes}), x, modulation)
+
+    assert found() == "skinny"
+    assert asked == [(torch.device("cpu"), torch.bfloat16, 64, 2, 128, 256)]
+    assert found((64, 1, 128)) and found((1, 1, 128))
+    assert found((65, 1, 128)) is None and found((2, 25, 64)) is None
+    assert found(dtype=torch.float32) is None and found(dtype=torch.float16) is None
+    assert found(training=True) is None
+    narrow = SimpleNamespace(fc1=SimpleNamespace(weight=torch.zeros(200, 128).bfloat16()))
+    assert found(ffn=narrow) is None
+
+
+KIND = torch.device("cpu"), torch.bfloat16, 16, 2, 128, 256
+
+
+def test_kernels_that_fail_their_trial_are_told_of_and_done_without():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    with pytest.warns(UserWarning, match="without their Triton kernels, so slower"):
+        assert few._skinny.__wrapped__(*KIND) is None
+
+
+def test_without_triton_torch_does_it(monkeypatch):
+    import sandbox_plugins.var as package
+
+    monkeypatch.delattr(package, "skinny", raising=False)
+    monkeypatch.setitem(sys.modules, "sandbox_plugins.var.skinny", None)
+    assert few._skinny.__wrapped__(*KIND) is None
+
+
+def the_kernels(dtype, tokens, heads, width):
+    device = torch.zeros(1, device="cuda").device
+    skinny = few._skinny(device, dtype, few.padded(tokens), heads, width, 4 * width)
+    assert skinny is not None
+    return skinny
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", [1024, 1920])
+@pytest.mark.parametrize(("b", "n"), [(1, 1), (2, 1), (17, 1), (2, 25), (1, 50), (64, 1), (4, 16)])
+def test_on_a_gpu_they_are_the_products_of_a_block(dtype, width, b, n):
+    skinny, heads = the_kernels(dtype, b * n, width // 64, width), width // 64
+    assert_normed(skinny, dtype, b, n, width, 3 * width, False, "cuda")
+    assert_normed(skinny, dtype, b, n, width, 4 * width, True, "cuda")
+    assert_gated(skinny, dtype, b, n, heads, 64, width, "cuda")
+    assert_gated(skinny, dtype, b, n, 1, 4 * width, width, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [128, 1024, 1920])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_a_fused_block_of_few_tokens_on_a_gpu_compiles_nothing(width, batch, monkeypatch):
+    block = block_of(width, width // 64, 4 * width, torch.bfloat16, "cuda")
+    monkeypatch.setattr(blocks, "fused_halves", uncompiled)
+    plain = stepped(block, torch.bfloat16, batch, False, "cuda").double()
+    assert_close(stepped(block, torch.bfloat16, batch, True, "cuda"), plain, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_a_recording_gives_what_it_was_recorded_of_again_and_again():
+    skinny = the_kernels(torch.bfloat16, 8, 16, 1024)
+    made, x, six = operands(torch.bfloat16, 2, 4, 1024, "cuda")
+    y, weight = made(2, 1, 4, 4096).bfloat16(), made(1024, 4096).bfloat16()
+    assert skinny.plan(8, 4096, 1024, normed=False).splits > 1
+    bias, graph = weight[:, 0].contiguous(), torch.cuda.CUDAGraph()
+    plain = skinny.gated_linear(y, weight, bias, six[0], x)
+    with torch.cuda.graph(graph):
+        found = skinny.gated_linear(y, weight, bias, six[0], x)
+    for _ in range(200):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, plain)
+
+
+@pytest.mark.gpu
+def test_one_build_is_for_all_steps_of_a_plan():
+    skinny = the_kernels(torch.bfloat16, 16, 2, 128)
+    kernels = skinny._normed_linear, skinny._gated_linear
+    built = lambda: [sum(len(each[0]) for each in k.device_caches.values()) for k in kernels]  # noqa: E731
+    before = built()
+    for b, n in [(1, 1), (2, 1), (2, 4), (1, 16), (16, 1)]:
+        assert_normed(skinny, torch.bfloat16, b, n, 128, 512, True, "cuda")
+        assert_gated(skinny, torch.bfloat16, b, n, 2, 64, 128, "cuda")
+    assert built() == before
