@@ -199,6 +199,8 @@ def _normed_linear(
     row = tl.arange(0, ROWS)[None, :]
     there = row < num_tokens
     image = row // n
+    product = tl.zeros([CHANNELS, ROWS], tl.float32)
+    product += tl.load(bias + channel).to(tl.float32)[:, None]
     read = x + row * D
     # One pass over sums and squares: numbers of 16 bits with a mean so much greater than their
     # spread that float32 would lose it have lost that spread before.
@@ -211,7 +213,6 @@ def _normed_linear(
     mean = tl.sum(total, 0)[None, :] / D
     variance = tl.sum(squares, 0)[None, :] / D - mean * mean
     inverse = 1 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + _EPS)
-    product = tl.zeros([CHANNELS, ROWS], tl.float32)
     for start in range(0, D, STEP):
         own = start + tl.arange(0, STEP)
         w = tl.load(weight + channel[:, None] * D + own[None, :])
@@ -221,7 +222,6 @@ def _normed_linear(
         moved = tl.load(shift + image * shift_stride + own, there, 0.0).to(tl.float32)
         a = (a - mean) * inverse * gain + moved
         product = tl.dot(w, a.to(w.dtype), product)
-    product += tl.load(bias + channel).to(tl.float32)[:, None]
     if GELU:
         steep = _TWICE_ROOT * (product + 0.044715 * product * product * product)
         product = product / (1 + tl.exp(-steep))

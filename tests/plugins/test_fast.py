@@ -379,6 +379,16 @@ def test_greedy_tokens_of_a_compiled_recording_are_the_plain_ones(load, layout):
 
 
 @pytest.mark.gpu
+def test_with_few_tokens_a_gpu_draws_alike_and_compiles_nothing(load, monkeypatch):
+    run = load(device="cuda", **{"backbone.width": 128})  # 48 tokens in the largest step
+    with torch.autocast("cuda", torch.bfloat16):
+        plain = logits(run, False)
+        monkeypatch.setattr(blocks, "fused_halves", None)
+        fused = logits(run, True)
+    assert 0 < (fused - plain).norm() < 2e-2 * plain.norm()
+
+
+@pytest.mark.gpu
 def test_one_generator_draws_on_from_replay_to_replay_and_the_seed_decides(load):
     run = load(device="cuda")
     run.generator.fast = "on"
