@@ -94,8 +94,8 @@ def stepwise(network: VAR, contexts: Tensor, labels: Tensor) -> None:
 def anew(network: VAR, contexts: Tensor, labels: Tensor) -> Tensor:
     """The logits of the last of these tokens, from all of them (`b l c`) and no cache."""
     cond, count = network.class_emb(labels), contexts.shape[1]
-    x = torch.cat([network._first(cond), network._read(contexts[:, 1:])], dim=1)
-    x = x + network._places(slice(0, count))
+    x = torch.cat([network.read(cond), network.read(cond, contexts[:, 1:])], dim=1)
+    x = x + network._places()[:, :count]
     for block, modulation in zip(
         network.blocks, network._modulations(cond, network.blocks), strict=True
     ):

@@ -22,7 +22,9 @@ from torch.nn import functional as F
 import sandbox
 from sandbox_plugins.attention.plain import SdpaAttention
 from sandbox_plugins.var import few
-from sandbox_plugins.var.blocks import Block, fused_halves
+from sandbox_plugins.var.blocks import Block
+from sandbox_plugins.var.pieces import Layer
+from sandbox_plugins.var.pieces import compiled as pieces
 
 PRODUCTS = "qkv", "proj", "fc1", "fc2"
 
@@ -84,13 +86,13 @@ def ways(
     seen, hidden = made(b, n, heads, 64).transpose(1, 2), made(b, 1, n, 4 * width)
     gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
     biases = [block.attn.bias().bfloat16() for block in blocks]
-    before, after = fused_halves(dynamic=False)
+    layers = [Layer(block, modulation, bias) for block, bias in zip(blocks, biases, strict=True)]
+    between = pieces(dynamic=False).between
 
     def halves() -> None:
-        for block, bias in zip(blocks, biases, strict=True):
-            qkv = before(block, x, modulation, bias, parted=False)
-            kernel.place(qkv, block.attn.log_scale(), past, 0)
-            after(block, x, seen, modulation)
+        for layer, following in zip(layers, layers[1:] + layers[:1], strict=True):
+            _, qkv = between(layer, following, x, seen, False)
+            kernel.place(qkv, following.block.attn.log_scale(), past, 0)
 
     def qkv(block: Block, bias: Tensor) -> Tensor:
         return skinny.normed_linear(x, shift1, scale1, block.attn.mat_qkv.weight, bias)

@@ -42,7 +42,7 @@ _HOME = {
     "notebook": ["export", "load"],
     "parts": ["Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
-    "precision": ["exact_float32", "float32_products"],
+    "precision": ["exact_float32", "float32_products", "products_of_float32"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["refresh", "render"],
     "replay": ["NotRecorded", "Recording", "Recordings", "places", "versions"],

@@ -22,14 +22,20 @@ def exact_float32(device: torch.device) -> AbstractContextManager[None]:
 @contextmanager
 def float32_products(device: torch.device, how: Literal["ieee", "tf32"]) -> Iterator[None]:
     """No autocast; products and convolutions of float32 on a GPU exact, or in TF32."""
+    with products_of_float32(how), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
+def products_of_float32(how: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Products and convolutions of float32 on a GPU exact, or in TF32; autocast stays as it is."""
     backends: Any = torch.backends  # torch leaves these switches untyped
     switches = backends.cuda.matmul, backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = how
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.fp32_precision = value

@@ -13,7 +13,7 @@ from sandbox.scaffold import write_plugin
 from sandbox.testing import sandbox_project
 from sandbox_plugins.autoregressive import Autoregressive
 from sandbox_plugins.tasks.bench import ceilings, counting
-from sandbox_plugins.var import blocks
+from sandbox_plugins.var import pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_ceilings")
 
@@ -154,8 +154,8 @@ def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
 
 
 def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, monkeypatch):
-    halves = blocks.Block.before, blocks.Block.after
-    monkeypatch.setattr(blocks, "fused_halves", lambda *, dynamic: halves)
+    plain = pieces.Pieces(pieces.enter, pieces.between, pieces.leave)
+    monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: plain)
     monkeypatch.setattr(rendering, "fused_images", lambda: rendering._images)
     done = project.sandbox("bench", "tiny.yaml", *FAST, "--fast", "off,on", "--profile")
     assert done.status == 0, done.err

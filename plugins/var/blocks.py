@@ -6,7 +6,6 @@ and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, ar
 
 import copy
 import math
-from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
-from . import few, operators
+from . import operators
 
 LAYER_NORM_EPS = 1e-6
 _CAST = "attn", "ffn", "ada_lin"
@@ -61,54 +60,13 @@ class Block(nn.Module):
         modulation: Float[Tensor, "b 1 6 d"],
         mask: Mask,
         memory: tuple[Tensor, slice, Tensor] | None = None,
-        fused: bool = False,
     ) -> Float[Tensor, "b n d"]:
         """`memory` is the cache of keys and values, the place of these tokens in it, and the bias
         of all three, which is the same in every step.
-
-        With `fused` what stands before and after the attention is compiled; on a GPU one kernel
-        then takes keys and values from the product to their place. With few tokens nothing is
-        compiled: the products are kernels of their own, too.
         """
-        kernel = _kernel_for(self.attn, x, memory[0]) if fused and memory is not None else None
-        if kernel and (skinny := few.products_for(self, x, modulation)):
-            return self.of_few(kernel, skinny, x, modulation, mask, memory)
-        before, after = Block.before, Block.after
-        if fused:
-            before, after = fused_halves(dynamic=x.device.type == "cpu")
-        if memory is None:
-            q, k, v = before(self, x, modulation)
-        else:
-            past, span, bias = memory
-            if kernel:
-                qkv = before(self, x, modulation, bias, parted=False)
-                q = kernel.place(qkv, self.attn.log_scale(), past, span.start)
-            else:
-                q, k, v = before(self, x, modulation, bias)
-                past[0, :, :, span], past[1, :, :, span] = k, v
-            k, v = past[:, :, :, : span.stop]
-        seen = self.attn.backend.attend(q, k, v, mask, self.attn.scale)
-        return after(self, x, seen, modulation)
-
-    def of_few(
-        self,
-        kernel: ModuleType,
-        skinny: ModuleType,
-        x: Float[Tensor, "b n d"],
-        modulation: Float[Tensor, "b 1 6 d"],
-        mask: Mask,
-        memory: tuple[Tensor, slice, Tensor],
-    ) -> Float[Tensor, "b n d"]:
-        """`forward` to draw a few tokens, in six kernels."""
-        (past, span, bias), attn, ffn = memory, self.attn, self.ffn
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        qkv = skinny.normed_linear(x, shift1, scale1, attn.mat_qkv.weight, bias)
-        q = kernel.place(qkv, attn.log_scale(), past, span.start)
-        k, v = past[:, :, :, : span.stop]
-        seen = attn.backend.attend(q, k, v, mask, attn.scale)
-        x = skinny.gated_linear(seen, attn.proj.weight, attn.proj.bias, gate1, x)
-        hidden = skinny.normed_linear(x, shift2, scale2, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
-        return skinny.gated_linear(hidden[:, None], ffn.fc2.weight, ffn.fc2.bias, gate2, x)
+        past, span, bias = memory or (None, slice(None), None)
+        made = self.before(x, modulation, bias)
+        return self.after(x, self.attn.see(made, mask, past, span), modulation)
 
     def before(
         self,
@@ -168,23 +126,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-@cache
-def fused_halves(*, dynamic: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`Block.before` and `Block.after`, compiled for all blocks of a kind.
-
-    Attention between them is the backend's, and so are the kernels of the products: what is saved
-    is the reading and writing in between. `dynamic` is once for steps of any number of tokens, as
-    suits a CPU, where building takes long; on a GPU kernels for each number alone are faster, as
-    they know how memory is aligned and get by with short integers.
-    """
-    before, after = Block.before, Block.after
-    return torch.compile(before, dynamic=dynamic), torch.compile(after, dynamic=dynamic)
-
-
-def _kernel_for(
+def kernel_for(
     attn: "SelfAttention", x: Float[Tensor, "b n d"], past: Float[Tensor, "2 b heads l e"]
 ) -> ModuleType | None:
-    """The module `kernel`, where it can place what is projected from `x`."""
+    """The module `kernel`, where it can place what is projected from such tokens as `x`."""
     e = past.shape[-1]
     if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
@@ -263,6 +208,30 @@ class SelfAttention(nn.Module):
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
         return q, k, v
 
+    def see(
+        self,
+        made: Any,
+        mask: Mask,
+        past: Float[Tensor, "2 b heads l e"] | None = None,
+        span: slice = slice(None),
+        kernel: ModuleType | None = None,
+    ) -> Float[Tensor, "b heads n e"]:
+        """What the heads see with queries, keys and values of `project`.
+
+        Keys and values go to their place in the cache `past`, and all that stands there is seen. By
+        the module `kernel` they go there from what `product` gives.
+        """
+        if past is None:
+            q, k, v = made
+        else:
+            if kernel is None:
+                q, k, v = made
+                past[0, :, :, span], past[1, :, :, span] = k, v
+            else:
+                q = kernel.place(made, self.log_scale(), past, span.start)
+            k, v = past[:, :, :, : span.stop]
+        return self.backend.attend(q, k, v, mask, self.scale)
+
     def merge(self, seen: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
         """What all heads saw, as one vector a token."""
         return self.dropout(self.proj(rearrange(seen, "b heads n e -> b n (heads e)")))
@@ -317,7 +286,10 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(
-        self, x: Float[Tensor, "b n d"], cond: Float[Tensor, "b d"]
+        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 2 d"]
     ) -> Float[Tensor, "b n d"]:
-        scale, shift = rearrange(self.ada_lin(cond), "b (two d) -> two b 1 d", two=2)
+        scale, shift = modulation.unbind(2)
         return self.norm(x) * (1 + scale) + shift
+
+    def modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
+        return rearrange(self.ada_lin(cond), "b (two d) -> b 1 two d", two=2)

@@ -24,17 +24,21 @@ CHUNK = 128
 
 
 def products_for(
-    block: "Block", x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 6 d"]
+    block: "Block", tokens: int, modulation: Float[Tensor, "b 1 6 d"]
 ) -> ModuleType | None:
-    """The module `skinny`, where it can compute what this block makes of `x` to draw."""
-    tokens, width, fc1 = x.shape[0] * x.shape[1], x.shape[2], block.ffn.fc1
-    if tokens > LIMIT or block.training or x.dtype not in (torch.float16, torch.bfloat16):
+    """The module `skinny`, where it can compute what this block makes of so many tokens to draw.
+
+    Tokens of all images together; they are of the modulation's type.
+    """
+    dtype, width, fc1 = modulation.dtype, modulation.shape[-1], block.ffn.fc1
+    if tokens > LIMIT or block.training or dtype not in (torch.float16, torch.bfloat16):
         return None
-    if modulation.dtype != x.dtype or fc1.weight.dtype != x.dtype or modulation.stride(-1) != 1:
+    if fc1.weight.dtype != dtype or modulation.stride(-1) != 1:
         return None
     if width % CHUNK or len(fc1.weight) % CHUNK:
         return None
-    return _skinny(x.device, x.dtype, padded(tokens), block.attn.num_heads, width, len(fc1.weight))
+    heads = block.attn.num_heads
+    return _skinny(modulation.device, dtype, padded(tokens), heads, width, len(fc1.weight))
 
 
 def padded(tokens: int) -> int:

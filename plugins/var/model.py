@@ -7,7 +7,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import sandbox
 from sandbox import Mask, Part, Tokens
 
-from . import published_model
+from . import pieces, published_model
 from .blocks import Block, HeadNorm, cast_block, step_weights, with_drop_path
 
 
@@ -30,6 +30,8 @@ class State:
     """What stepwise prediction remembers: each block's modulation, bias, keys and values so far."""
 
     cond: Float[Tensor, "b d"]
+    head: Float[Tensor, "b 1 2 d"]
+    places: Float[Tensor, "1 l d"]
     modulations: list[Float[Tensor, "b 1 6 d"]]
     biases: list[Float[Tensor, " three_d"]]
     caches: list[Float[Tensor, "2 b heads l e"]]
@@ -123,8 +125,8 @@ class VAR(nn.Module):
             labels = labels.masked_fill(hidden, self.tokens.num_classes)
         cond = self.class_emb(labels)
         first = self.tokens.layout.lens[0]
-        x = torch.cat([self._first(cond), self._read(contexts[:, first:])], dim=1)
-        x = x + self._places(slice(None))
+        x = torch.cat([self.read(cond), self.read(cond, contexts[:, first:])], dim=1)
+        x = x + self._places()
         modulations = self._modulations(cond, list(self.blocks))
         if self.training:
             self._rehearse(x)
@@ -140,11 +142,31 @@ class VAR(nn.Module):
         """Out of reach of autocast, as published: in float32, unless the weights were cast.
 
         Where autocast makes the blocks 16-bit, a GPU multiplies here in TF32, no coarser than what
-        it is given; else as exactly as the surroundings say, and so does compiled code.
+        it is given; else as exactly as the surroundings say, and so does compiled code, unless who
+        calls it does so within `coarse_products`.
         """
+        return self.predict(x, self._head_modulation(cond))
+
+    def predict(
+        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 2 d"]
+    ) -> Float[Tensor, "b n v"]:
+        """`logits` of tokens and what their label makes of the head."""
         with self._uncast(x.device):
-            dtype = self.head.weight.dtype
-            return self.head(self.head_nm(x.to(dtype), cond.to(dtype))).float()
+            x = x.to(self.head.weight.dtype)
+            return self.head(self.head_nm(x, modulation)).float()
+
+    def read(
+        self, cond: Float[Tensor, "b d"], contexts: Float[Tensor, "b n c"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """The tokens of contexts, or those of the first step, before they know their places."""
+        if contexts is None:
+            return (cond[:, None] + self.pos_start).to(self._dtype())
+        return self.word_embed(contexts.to(self.word_embed.weight.dtype)).to(self._dtype())
+
+    def coarse_products(self) -> AbstractContextManager[Any]:
+        """The precision of the head's products, for compiled code, which cannot set it."""
+        coarse = self._dtype().itemsize == 2
+        return sandbox.products_of_float32("tf32") if coarse else nullcontext()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what training runs, block by block: they share their code, so it is made once."""
@@ -160,6 +182,8 @@ class VAR(nn.Module):
         blocks = self._cast_blocks(dtype) if self.fused else list(self.blocks)
         return State(
             cond=cond,
+            head=self._head_modulation(cond),
+            places=self._places(),
             modulations=[made.to(dtype) for made in self._modulations(cond, blocks)],
             biases=[block.attn.bias().to(dtype) for block in self.blocks],
             caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
@@ -176,14 +200,20 @@ class VAR(nn.Module):
         if step != state.next_step:
             raise ValueError(f"step {state.next_step} comes next, not step {step}")
         span = self.tokens.layout.spans[step]
-        x = self._first(state.cond) if step == 0 else self._read(context)
-        x = x + self._places(span)
+        steps = pieces.step if self.fused else VAR._step
+        logits = steps(self, state, context if step else None, span)
+        state.next_step += 1
+        return logits
+
+    def _step(
+        self, state: State, context: Float[Tensor, "b n c"] | None, span: slice
+    ) -> Float[Tensor, "b n v"]:
+        x = self.read(state.cond, context) + state.places[:, span]
         for block, modulation, bias, cache in zip(
             state.blocks, state.modulations, state.biases, state.caches, strict=True
         ):
-            x = block.forward(x, modulation, Mask(), (cache, span, bias), self.fused)
-        state.next_step += 1
-        return self.logits(x, state.cond)
+            x = block.forward(x, modulation, Mask(), (cache, span, bias))
+        return self.predict(x, state.head)
 
     def no_weight_decay(self) -> set[str]:
         """Biases, scales, positions and levels, as published; class embeddings do decay."""
@@ -272,15 +302,12 @@ class VAR(nn.Module):
                 for mine, theirs in zip(step_weights(copied), step_weights(block), strict=True):
                     mine.copy_(theirs, non_blocking=True)
 
-    def _first(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b n d"]:
-        return (cond[:, None] + self.pos_start).to(self._dtype())
+    def _places(self) -> Float[Tensor, "1 l d"]:
+        return (self.pos_1LC + self.lvl_embed(self.level)).to(self._dtype())
 
-    def _read(self, contexts: Float[Tensor, "b n c"]) -> Float[Tensor, "b n d"]:
-        return self.word_embed(contexts.to(self.word_embed.weight.dtype)).to(self._dtype())
-
-    def _places(self, span: slice) -> Float[Tensor, "1 n d"]:
-        places = self.pos_1LC[:, span] + self.lvl_embed(self.level[span])
-        return places.to(self._dtype())
+    def _head_modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
+        with self._uncast(cond.device):
+            return self.head_nm.modulation(cond.to(self.head.weight.dtype))
 
     def _modulations(
         self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]

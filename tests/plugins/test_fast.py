@@ -1,6 +1,7 @@
 """The fast way to draw: the same images as the plain one, on a GPU and on a CPU."""
 
 import copy
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import sandbox
 from sandbox import NotRecorded, Recordings, rendering
 from sandbox_plugins.autoregressive import Autoregressive
 from sandbox_plugins.tasks.drawing import adjusted, drawing_with
-from sandbox_plugins.var import blocks
+from sandbox_plugins.var import blocks, pieces
 
 LAYOUTS = {
     "pyramid": {
@@ -60,11 +61,13 @@ def awaken(network, seed=0):
 @pytest.fixture
 def quickly_compiled(monkeypatch):
     """What compiling means without the minutes it takes: traced, not built."""
-    halves = [
-        torch.compile(half, dynamic=True, backend="aot_eager")
-        for half in (blocks.Block.before, blocks.Block.after)
-    ]
-    monkeypatch.setattr(blocks, "fused_halves", lambda *, dynamic: halves)
+    traced = pieces.Pieces(
+        *(
+            torch.compile(piece, dynamic=True, backend="aot_eager")
+            for piece in (pieces.enter, pieces.between, pieces.leave)
+        )
+    )
+    monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: traced)
     images = torch.compile(rendering._images, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(rendering, "fused_images", lambda: images)
 
@@ -115,7 +118,7 @@ def test_greedy_tokens_of_compiled_kernels_are_the_plain_ones(load, layout):
 
 def test_on_a_cpu_auto_is_the_plain_way(load, monkeypatch):
     run = load()
-    monkeypatch.setattr(blocks, "fused_halves", None)
+    monkeypatch.setattr(pieces, "compiled", None)
     monkeypatch.setattr(rendering, "fused_images", None)
     monkeypatch.setattr(run.generator, "_recordings", None)
     assert torch.equal(drawn(run, "auto"), drawn(run, "off"))
@@ -147,6 +150,31 @@ def test_in_half_precision_compiled_kernels_stay_close_and_read_weights_anew(loa
     (cast,) = run.generator.network._cast.values()
     backends = {id(block.attn.backend) for block in [*cast, *run.generator.network.blocks]}
     assert len(backends) == 1
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_are_built_once_for_all_blocks_of_a_kind(load, layout, half, monkeypatch):
+    """And, on a GPU, once for each number of tokens; what the first tokens read is another code."""
+    built = Counter()
+
+    def counting(name):
+        def backend(graph, inputs):
+            built[name] += 1
+            return graph.forward
+
+        return torch.compile(getattr(pieces, name), dynamic=False, backend=backend)
+
+    found = pieces.Pieces(*map(counting, pieces.Pieces._fields))
+    monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: found)
+    run = load(layout, **{"backbone.depth": 5})
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        fused, plain = logits(run, True), logits(run, False)
+        logits(run, True)
+    assert (fused - plain).norm() < (1e-2 if half else 1e-5) * plain.norm()
+    sizes = len(set(run.generator.layout.lens))
+    first = 0 if layout == "pyramid" else 1
+    assert built == {"enter": sizes + first, "between": sizes, "leave": sizes}
 
 
 @pytest.mark.usefixtures("quickly_compiled")
@@ -383,7 +411,7 @@ def test_with_few_tokens_a_gpu_draws_alike_and_compiles_nothing(load, monkeypatc
     run = load(device="cuda", **{"backbone.width": 128})  # 48 tokens in the largest step
     with torch.autocast("cuda", torch.bfloat16):
         plain = logits(run, False)
-        monkeypatch.setattr(blocks, "fused_halves", None)
+        monkeypatch.setattr(pieces, "compiled", None)
         fused = logits(run, True)
     assert 0 < (fused - plain).norm() < 2e-2 * plain.norm()
 

@@ -16,6 +16,7 @@ from sandbox import Mask
 from sandbox_plugins.attention.plain import SdpaAttention
 from sandbox_plugins.var import blocks, few
 from sandbox_plugins.var.blocks import Block
+from sandbox_plugins.var.pieces import Layer, of_few
 
 HALF = [torch.bfloat16, torch.float16]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -76,8 +77,11 @@ def block_of(width, heads, mlp_width, dtype, device="cpu"):
     return blocks.cast_block(block.to(device).eval(), dtype).requires_grad_(False)
 
 
-def stepped(block, dtype, batch, fused, device="cpu"):
-    """Its output of a step of one token and one of three, as they follow one another."""
+def stepped(block, dtype, batch, kernels=None, device="cpu"):
+    """Its output of a step of one token and one of three, as they follow one another.
+
+    The plain one, or that by the modules `kernel` and `skinny`.
+    """
     rng, width = torch.Generator(device).manual_seed(0), block.norm.normalized_shape[0]
     heads, found = block.attn.num_heads, []
     modulation = torch.randn(batch, 1, 6, width, generator=rng, device=device).to(dtype)
@@ -87,12 +91,11 @@ def stepped(block, dtype, batch, fused, device="cpu"):
         for span in (slice(0, 1), slice(1, 4)):
             shape = batch, span.stop - span.start, width
             x = torch.randn(shape, generator=rng, device=device).to(dtype)
-            found.append(block.forward(x, modulation, Mask(), (past, span, bias), fused))
+            if kernels is None:
+                found.append(block.forward(x, modulation, Mask(), (past, span, bias)))
+            else:
+                found.append(of_few(Layer(block, modulation, bias), x, past, span, *kernels))
     return torch.cat(found, 1)
-
-
-def uncompiled(*_, **__):
-    raise AssertionError("compiled halves were asked for")
 
 
 INTERPRETED = """
@@ -131,12 +134,8 @@ assert bad[1, 1].all() and bad.sum() == 256
 
 for dtype in (torch.float32, torch.float16):
     block = block_of(128, 2, 640, dtype)
-    plain = stepped(block, dtype, 2, False).double()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "_kernel_for", lambda *_: kernel)
-        patch.setattr(blocks.few, "products_for", lambda *_: skinny)
-        patch.setattr(blocks, "fused_halves", uncompiled)
-        assert_close(stepped(block, dtype, 2, True), plain, dtype)
+    plain = stepped(block, dtype, 2).double()
+    assert_close(stepped(block, dtype, 2, (kernel, skinny)), plain, dtype)
 print("agreed")
 """
 
@@ -170,9 +169,9 @@ def test_few_tokens_of_16_bits_in_even_widths_have_them(monkeypatch):
     )
 
     def found(shape=(2, 25, 128), dtype=torch.bfloat16, **changes):
-        x = torch.zeros(shape, dtype=dtype)
-        modulation = torch.zeros(shape[0], 1, 6, shape[2], dtype=dtype)
-        return few.products_for(SimpleNamespace(**{**vars(block), **changes}), x, modulation)
+        b, n, width = shape
+        modulation = torch.zeros(b, 1, 6, width, dtype=dtype)
+        return few.products_for(SimpleNamespace(**{**vars(block), **changes}), b * n, modulation)
 
     assert found() == "skinny"
     assert asked == [(torch.device("cpu"), torch.bfloat16, 64, 2, 128, 256)]
@@ -223,11 +222,15 @@ def test_on_a_gpu_they_are_the_products_of_a_block(dtype, width, b, n):
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [128, 1024, 1920])
 @pytest.mark.parametrize("batch", [1, 2, 16])
-def test_a_fused_block_of_few_tokens_on_a_gpu_compiles_nothing(width, batch, monkeypatch):
-    block = block_of(width, width // 64, 4 * width, torch.bfloat16, "cuda")
-    monkeypatch.setattr(blocks, "fused_halves", uncompiled)
-    plain = stepped(block, torch.bfloat16, batch, False, "cuda").double()
-    assert_close(stepped(block, torch.bfloat16, batch, True, "cuda"), plain, torch.bfloat16)
+def test_on_a_gpu_a_block_of_few_tokens_is_the_plain_one(width, batch):
+    from sandbox_plugins.var import kernel
+
+    heads = width // 64
+    skinny = the_kernels(torch.bfloat16, 3 * batch, heads, width)
+    block = block_of(width, heads, 4 * width, torch.bfloat16, "cuda")
+    plain = stepped(block, torch.bfloat16, batch, device="cuda").double()
+    found = stepped(block, torch.bfloat16, batch, (kernel, skinny), "cuda")
+    assert_close(found, plain, torch.bfloat16)
 
 
 @pytest.mark.gpu

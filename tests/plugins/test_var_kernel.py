@@ -64,13 +64,12 @@ def stepped(kernel, device="cpu"):
     nn.init.normal_(block.attn.q_bias)
     modulation = torch.randn(3, 1, 6, 64).to(device)
     past, found = torch.zeros(2, 3, 2, 5, 32, device=device), []
-    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
-        patch.setattr(blocks, "_kernel_for", lambda *_: kernel)
-        patch.setattr(blocks, "fused_halves", lambda *, dynamic: (Block.before, Block.after))
+    with torch.inference_mode():
         for span in (slice(0, 1), slice(1, 5)):
             x = torch.randn(3, span.stop - span.start, 64).to(device)
-            memory = past, span, block.attn.bias()
-            found.append(block.forward(x, modulation, Mask(), memory, True))
+            made = block.before(x, modulation, parted=kernel is None)
+            seen = block.attn.see(made, Mask(), past, span, kernel)
+            found.append(block.after(x, seen, modulation))
     return torch.cat(found, 1), past
 
 
@@ -155,12 +154,12 @@ def test_a_gpu_places_beyond_the_reach_of_32_bits():
 
 
 @pytest.mark.gpu
-def test_a_gpu_has_the_kernel_for_what_it_can_do():
+def test_a_gpu_has_thekernel_for_what_it_can_do():
     attn = attention(2, 32, True, "cuda")
     x, past = torch.zeros(2, 3, 64, device="cuda"), torch.zeros(2, 2, 2, 9, 32, device="cuda")
-    assert blocks._kernel_for(attn, x, past) is None  # gradients are asked for
+    assert blocks.kernel_for(attn, x, past) is None  # gradients are asked for
     with torch.no_grad():
-        assert blocks._kernel_for(attn, x, past) is the_kernel()
+        assert blocks.kernel_for(attn, x, past) is the_kernel()
         for other in [
             (x.cpu(), past),
             (x.half(), past),
@@ -169,7 +168,7 @@ def test_a_gpu_has_the_kernel_for_what_it_can_do():
             (x, past.new_zeros(2, 2, 2, 9, 24)),
             (x, past.new_zeros(2, 2, 2, 9, 512)),
         ]:
-            assert blocks._kernel_for(attn, *other) is None
+            assert blocks.kernel_for(attn, *other) is None
 
 
 @pytest.mark.gpu
