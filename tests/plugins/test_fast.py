@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import sandbox
 from sandbox import NotRecorded, Recordings, rendering
 from sandbox_plugins.autoregressive import Autoregressive
 from sandbox_plugins.tasks.drawing import adjusted, drawing_with
-from sandbox_plugins.var import blocks, pieces
+from sandbox_plugins.var import blocks, pieces, tokenizer
 
 LAYOUTS = {
     "pyramid": {
@@ -39,8 +39,9 @@ PARTS = {
 def load(tmp_path):
     """A run of untrained parts whose weights are large enough that predictions vary."""
 
-    def loaded(layout="pyramid", device="cpu", autoencoder=None, **settings):
+    def loaded(layout="pyramid", device="cpu", autoencoder=None, tokenizer=None, **settings):
         own = {"autoencoder": autoencoder} if autoencoder else {}
+        own |= tokenizer or {}
         recipe = {**RECIPE, "tokenizer": LAYOUTS[layout] | PARTS | own}
         (tmp_path / "fast.yaml").write_text(yaml.safe_dump(recipe))
         words = [f"generator.{key}={value}" for key, value in settings.items()]
@@ -303,6 +304,63 @@ def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, mo
     for exchanged in (other, first):
         weight.data = exchanged
         assert count() == len(made._modules) and count() == 0
+
+
+def paints_alike(run):
+    """Canvases and contexts of every step, compiled as plainly, in float32 under autocast too."""
+    part, rng = run.tokenizer, torch.Generator(run.device).manual_seed(0)
+    awaken(part)
+    for half in (False, True):
+        canvas = part.canvas(3)
+        for step, n in enumerate(part.layout.lens):
+            codes, found = torch.randn(3, n, 4, generator=rng, device=run.device), []
+            for part.fused in (True, False):
+                with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
+                    found.append((part.context(canvas, step), part.paint(canvas, codes, step)))
+            torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+            canvas = found[1][1]
+        assert canvas.std() > 0.01
+
+
+TOKENIZERS = {
+    "partial": {},
+    "none": {"phi": "none"},
+    "oblong": {"schedule": {"name": "sides", "sides": [1, [2, 3], 4]}},
+}
+
+
+@pytest.mark.parametrize("settings", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_compiled_steps_of_a_tokenizer_are_built_once_each(load, settings, monkeypatch):
+    """As on a GPU, where alone they are."""
+    built = Counter()
+
+    def counted(piece):
+        def backend(graph, inputs):
+            built[piece.__name__] += 1
+            return graph.forward
+
+        return torch.compile(piece, dynamic=False, backend=backend)
+
+    monkeypatch.setattr(tokenizer, "compiled", cache(counted))
+    monkeypatch.setattr(tokenizer.VarTokenizer, "_builds", lambda self, canvas: self.fused)
+    run = load(tokenizer=settings)
+    with torch.inference_mode(), sandbox.compiling():
+        paints_alike(run)
+    number = len(run.generator.layout.lens)
+    assert built == {"_painted": number, "_shrunk": number}
+
+
+def test_on_a_cpu_steps_of_a_tokenizer_are_not_compiled(load, monkeypatch):
+    monkeypatch.setattr(tokenizer, "compiled", None)
+    with torch.inference_mode():
+        paints_alike(load())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_compiled_steps_of_a_tokenizer_give_the_plain_canvases_on_a_gpu(load, settings):
+    with torch.inference_mode(), sandbox.compiling():
+        paints_alike(load(device="cuda", tokenizer=settings))
 
 
 @pytest.mark.gpu
