@@ -95,7 +95,7 @@ def anew(network: VAR, contexts: Tensor, labels: Tensor) -> Tensor:
     """The logits of the last of these tokens, from all of them (`b l c`) and no cache."""
     cond, count = network.class_emb(labels), contexts.shape[1]
     x = torch.cat([network.read(cond), network.read(cond, contexts[:, 1:])], dim=1)
-    x = x + network._places()[:, :count]
+    x = x + network.places()[:, :count]
     for block, modulation in zip(
         network.blocks, network._modulations(cond, network.blocks), strict=True
     ):

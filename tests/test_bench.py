@@ -154,7 +154,7 @@ def test_the_default_on_a_cpu_is_float32_without_a_trace(project):
 
 
 def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, monkeypatch):
-    plain = pieces.Pieces(pieces.enter, pieces.between, pieces.leave)
+    plain = pieces.Pieces(pieces.prepare, pieces.enter, pieces.between, pieces.leave)
     monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: plain)
     monkeypatch.setattr(rendering, "fused_images", lambda: rendering._images)
     done = project.sandbox("bench", "tiny.yaml", *FAST, "--fast", "off,on", "--profile")

@@ -4,7 +4,6 @@ The one idea to hold: a label reaches the tokens only through six vectors a bloc
 and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, arXiv 2212.09748).
 """
 
-import copy
 import math
 from functools import cache, partial
 from types import ModuleType
@@ -23,7 +22,6 @@ from sandbox import Mask
 from . import operators
 
 LAYER_NORM_EPS = 1e-6
-_CAST = "attn", "ffn", "ada_lin"
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -235,30 +233,6 @@ class SelfAttention(nn.Module):
     def merge(self, seen: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
         """What all heads saw, as one vector a token."""
         return self.dropout(self.proj(rearrange(seen, "b heads n e -> b n (heads e)")))
-
-
-def step_weights(block: Block) -> list[Tensor]:
-    """What a block reads when it draws; a shared AdaLN is not its own."""
-    parts = (getattr(block, name, None) for name in _CAST)
-    return [parameter for part in parts if part is not None for parameter in part.parameters()]
-
-
-def cast_block(block: Block, dtype: torch.dtype) -> Block:
-    """A copy of what a step reads, its matrices and their biases in `dtype`, as autocast has them.
-
-    What multiplies in float32 (the scale of the attention) or is put together before it is cast
-    (the biases of queries and values) stays as it is. The attention's backend is the same one.
-    """
-    cast, memo = copy.copy(block), {id(block.attn.backend): block.attn.backend}
-    parts = [name for name in _CAST if name in block._modules]
-    halves = {name: copy.deepcopy(block._modules[name], memo) for name in parts}
-    for half in halves.values():
-        half.requires_grad_(False)
-        for module in half.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-    cast._modules = {**block._modules, **halves}
-    return cast
 
 
 def with_drop_path(

@@ -21,21 +21,20 @@ from torch.utils.checkpoint import checkpoint
 import sandbox
 from sandbox import Mask, Part, Tokens
 
-from . import pieces, published_model
-from .blocks import Block, HeadNorm, cast_block, step_weights, with_drop_path
+from . import copies, pieces, published_model
+from .blocks import Block, HeadNorm, with_drop_path
 
 
 @dataclass
 class State:
-    """What stepwise prediction remembers: each block's modulation, bias, keys and values so far."""
+    """What stepwise prediction remembers: the weights, what a label makes of each block and of the
+    head, and each block's keys and values so far."""
 
+    weights: copies.Weights
     cond: Float[Tensor, "b d"]
-    head: Float[Tensor, "b 1 2 d"]
-    places: Float[Tensor, "1 l d"]
     modulations: list[Float[Tensor, "b 1 6 d"]]
-    biases: list[Float[Tensor, " three_d"]]
+    head: Float[Tensor, "b 1 2 d"]
     caches: list[Float[Tensor, "2 b heads l e"]]
-    blocks: Sequence[Block]
     next_step: int = 0
 
 
@@ -107,7 +106,7 @@ class VAR(nn.Module):
             self.register_buffer("level", layout.level_of(), persistent=False)
         self.mask = Mask(layout.lens)
         self.fused = False
-        self._cast: dict[tuple[torch.dtype, torch.device], list[Block]] = {}  # no part of the state
+        self._cast: dict[Any, copies.Weights] = {}  # by type and place; no part of the state
         self._initialise()
 
     def forward(
@@ -126,8 +125,8 @@ class VAR(nn.Module):
         cond = self.class_emb(labels)
         first = self.tokens.layout.lens[0]
         x = torch.cat([self.read(cond), self.read(cond, contexts[:, first:])], dim=1)
-        x = x + self._places()
-        modulations = self._modulations(cond, list(self.blocks))
+        x = x + self.places().to(x.dtype)
+        modulations = self._modulations(cond, self.blocks)
         if self.training:
             self._rehearse(x)
             if self.last_drop:
@@ -156,12 +155,30 @@ class VAR(nn.Module):
             return self.head(self.head_nm(x, modulation)).float()
 
     def read(
-        self, cond: Float[Tensor, "b d"], contexts: Float[Tensor, "b n c"] | None = None
+        self,
+        cond: Float[Tensor, "b d"],
+        contexts: Float[Tensor, "b n c"] | None = None,
+        word_embed: nn.Linear | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """The tokens of contexts, or those of the first step, before they know their places."""
+        """The tokens of contexts, or those of the first step, before they know their places.
+
+        `word_embed` is a copy of the network's.
+        """
         if contexts is None:
             return (cond[:, None] + self.pos_start).to(self._dtype())
-        return self.word_embed(contexts.to(self.word_embed.weight.dtype)).to(self._dtype())
+        embed = word_embed or self.word_embed
+        return embed(contexts.to(embed.weight.dtype)).to(self._dtype())
+
+    def places(self) -> Float[Tensor, "1 l d"]:
+        """What is added to the tokens: their positions' and their levels' vectors."""
+        return self.pos_1LC + self.lvl_embed(self.level)
+
+    def modulations(
+        self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+    ) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
+        """What a label makes of each block, in the type these compute in, and of the head."""
+        made = [each.to(self._dtype()) for each in self._modulations(cond, blocks)]
+        return made, self._head_modulation(cond)
 
     def coarse_products(self) -> AbstractContextManager[Any]:
         """The precision of the head's products, for compiled code, which cannot set it."""
@@ -179,16 +196,11 @@ class VAR(nn.Module):
         dtype, (b, d) = self._dtype(), cond.shape
         heads = self.blocks[0].attn.num_heads
         shape = 2, b, heads, self.tokens.layout.seq_len, d // heads
-        blocks = self._cast_blocks(dtype) if self.fused else list(self.blocks)
-        return State(
-            cond=cond,
-            head=self._head_modulation(cond),
-            places=self._places(),
-            modulations=[made.to(dtype) for made in self._modulations(cond, blocks)],
-            biases=[block.attn.bias().to(dtype) for block in self.blocks],
-            caches=[cond.new_empty(shape, dtype=dtype) for _ in self.blocks],
-            blocks=blocks,
-        )
+        weights = self._weights(dtype)
+        begin = pieces.begin if self.fused else VAR.modulations
+        modulations, head = begin(self, cond, weights.blocks)
+        caches = [cond.new_empty(shape, dtype=dtype) for _ in self.blocks]
+        return State(weights, cond, modulations, head, caches)
 
     def step(
         self, state: State, context: Float[Tensor, "b n c"], step: int
@@ -208,9 +220,10 @@ class VAR(nn.Module):
     def _step(
         self, state: State, context: Float[Tensor, "b n c"] | None, span: slice
     ) -> Float[Tensor, "b n v"]:
-        x = self.read(state.cond, context) + state.places[:, span]
+        weights = state.weights
+        x = self.read(state.cond, context) + weights.places[:, span]
         for block, modulation, bias, cache in zip(
-            state.blocks, state.modulations, state.biases, state.caches, strict=True
+            weights.blocks, state.modulations, weights.biases, state.caches, strict=True
         ):
             x = block.forward(x, modulation, Mask(), (cache, span, bias))
         return self.predict(x, state.head)
@@ -277,33 +290,19 @@ class VAR(nn.Module):
     def refresh(self) -> None:
         """Bring the copies of the weights up to date, which a recorded generation reads."""
         for cast in self._cast.values():
-            self._copy_weights(cast)
+            copies.refresh(cast, self)
 
-    def _cast_blocks(self, dtype: torch.dtype) -> list[Block]:
-        """The blocks with their matrices in `dtype`, copied anew at each call.
-
-        Autocast casts a matrix once for all steps, but within compiled code at every call. A CUDA
-        graph leaves the copying out, so whoever replays it calls `refresh` when weights moved.
-        """
-        own, weight = list(self.blocks), self.word_embed.weight
-        if dtype == weight.dtype:
-            return own
+    def _weights(self, dtype: torch.dtype) -> copies.Weights:
+        """What steps read: for compiled pieces copies, if need be, brought up to date by a call."""
+        weight = self.word_embed.weight
+        if not self.fused or dtype == weight.dtype:
+            return copies.own(self, dtype)
         key = dtype, weight.device
         if key not in self._cast:
-            with torch.inference_mode(False), torch.no_grad():
-                self._cast[key] = [cast_block(block, dtype) for block in own]
+            self._cast[key] = copies.cast(self, dtype)
         if weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            self._copy_weights(self._cast[key])
+            copies.refresh(self._cast[key], self)
         return self._cast[key]
-
-    def _copy_weights(self, cast: Sequence[Block]) -> None:
-        with torch.no_grad():
-            for copied, block in zip(cast, self.blocks, strict=True):
-                for mine, theirs in zip(step_weights(copied), step_weights(block), strict=True):
-                    mine.copy_(theirs, non_blocking=True)
-
-    def _places(self) -> Float[Tensor, "1 l d"]:
-        return (self.pos_1LC + self.lvl_embed(self.level)).to(self._dtype())
 
     def _head_modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
         with self._uncast(cond.device):

@@ -5,14 +5,14 @@ one piece, in which adding, gating and normalising are one kernel. Attention bet
 the backend's; and where the module `kernel` takes keys and values to their place, that is too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sandbox import Mask
 
@@ -32,11 +32,20 @@ class Layer(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The compiled forms of `enter`, `between` and `leave`."""
+    """The compiled forms of `prepare`, `enter`, `between` and `leave`."""
 
+    prepare: Callable[..., tuple[list[Tensor], Tensor]]
     enter: Callable[..., tuple[Tensor, Any]]
     between: Callable[..., tuple[Tensor, Any]]
     leave: Callable[..., Tensor]
+
+
+def begin(
+    network: "VAR", cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
+    """What a label makes of each block and of the head (`VAR.modulations`)."""
+    with network.coarse_products():
+        return compiled(dynamic=cond.device.type == "cpu").prepare(network, cond, blocks)
 
 
 def step(
@@ -46,18 +55,20 @@ def step(
 
     With few tokens nothing is compiled: the products are kernels of their own, too.
     """
-    places, first = state.places[:, span], state.blocks[0]
-    layers = [*map(Layer, state.blocks, state.modulations, state.biases)]
+    weights = state.weights
+    places, first = weights.places[:, span], weights.blocks[0]
+    layers = [*map(Layer, weights.blocks, state.modulations, weights.biases)]
+    read = state.cond, context, weights.word_embed
     kernel = kernel_for(first.attn, places, state.caches[0])
-    tokens = len(state.cond) * places.shape[1]
-    if kernel and (skinny := products_for(first, tokens, state.modulations[0])):
-        x = network.read(state.cond, context) + places
+    count = len(state.cond) * places.shape[1]
+    if kernel and (skinny := products_for(first, count, state.modulations[0])):
+        x = network.read(*read) + places
         for layer, past in zip(layers, state.caches, strict=True):
             x = of_few(layer, x, past, span, kernel, skinny)
         return network.predict(x, state.head)
     parted = kernel is None
     pieces = compiled(dynamic=places.device.type == "cpu")
-    x, made = pieces.enter(network, layers[0], state.cond, context, places, parted)
+    x, made = pieces.enter(network, layers[0], read, places, parted)
     for index, (layer, past) in enumerate(zip(layers, state.caches, strict=True)):
         seen = layer.block.attn.see(made, Mask(), past, span, kernel)
         if index + 1 < len(layers):
@@ -66,16 +77,22 @@ def step(
         return pieces.leave(network, layers[-1], x, seen, state.head)
 
 
+def prepare(
+    network: "VAR", cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+) -> tuple[list[Tensor], Tensor]:
+    """`VAR.modulations`."""
+    return network.modulations(cond, blocks)
+
+
 def enter(
     network: "VAR",
     first: Layer,
-    cond: Float[Tensor, "b d"],
-    context: Float[Tensor, "b n c"] | None,
+    tokens: tuple[Tensor, Tensor | None, nn.Linear],
     places: Float[Tensor, "1 n d"],
     parted: bool,
 ) -> tuple[Float[Tensor, "b n d"], Any]:
-    """The tokens, and what the first block makes of them for its attention (`Block.before`)."""
-    x = network.read(cond, context) + places
+    """The tokens (`VAR.read`), and what the first block's attention is to see of them."""
+    x = network.read(*tokens) + places
     return x, _before(first, x, parted)
 
 
@@ -132,4 +149,6 @@ def compiled(*, dynamic: bool) -> Pieces:
     on a GPU kernels for each number alone are faster, as they know how memory is aligned and get by
     with short integers.
     """
-    return Pieces(*(torch.compile(each, dynamic=dynamic) for each in (enter, between, leave)))
+    return Pieces(
+        *(torch.compile(each, dynamic=dynamic) for each in (prepare, enter, between, leave))
+    )

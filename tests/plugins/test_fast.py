@@ -65,7 +65,7 @@ def quickly_compiled(monkeypatch):
     traced = pieces.Pieces(
         *(
             torch.compile(piece, dynamic=True, backend="aot_eager")
-            for piece in (pieces.enter, pieces.between, pieces.leave)
+            for piece in (pieces.prepare, pieces.enter, pieces.between, pieces.leave)
         )
     )
     monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: traced)
@@ -149,7 +149,7 @@ def test_in_half_precision_compiled_kernels_stay_close_and_read_weights_anew(loa
     assert not any("_cast" in name for name in run.generator.network.state_dict())
     assert all(parameter.requires_grad for parameter in run.generator.network.parameters())
     (cast,) = run.generator.network._cast.values()
-    backends = {id(block.attn.backend) for block in [*cast, *run.generator.network.blocks]}
+    backends = {id(block.attn.backend) for block in [*cast.blocks, *run.generator.network.blocks]}
     assert len(backends) == 1
 
 
@@ -175,7 +175,7 @@ def test_pieces_are_built_once_for_all_blocks_of_a_kind(load, layout, half, monk
     assert (fused - plain).norm() < (1e-2 if half else 1e-5) * plain.norm()
     sizes = len(set(run.generator.layout.lens))
     first = 0 if layout == "pyramid" else 1
-    assert built == {"enter": sizes + first, "between": sizes, "leave": sizes}
+    assert built == {"prepare": 1, "enter": sizes + first, "between": sizes, "leave": sizes}
 
 
 @pytest.mark.usefixtures("quickly_compiled")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sandbox import Mask
 from sandbox_plugins.attention.plain import SdpaAttention
-from sandbox_plugins.var import blocks, few
+from sandbox_plugins.var import copies, few
 from sandbox_plugins.var.blocks import Block
 from sandbox_plugins.var.pieces import Layer, of_few
 
@@ -74,7 +74,7 @@ def block_of(width, heads, mlp_width, dtype, device="cpu"):
     block = Block(width, heads, mlp_width=mlp_width, backend=backend, **settings)
     for bias in (block.attn.q_bias, block.attn.v_bias):
         nn.init.normal_(bias)
-    return blocks.cast_block(block.to(device).eval(), dtype).requires_grad_(False)
+    return copies.cast_block(block.to(device).eval(), dtype).requires_grad_(False)
 
 
 def stepped(block, dtype, batch, kernels=None, device="cpu"):

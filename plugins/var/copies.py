@@ -1,0 +1,85 @@
+"""What drawing reads of a network's weights: as they are, or copied in the type it computes in.
+
+The one idea to hold: autocast casts a matrix once for all steps, but within compiled code at every
+call. So compiled pieces read copies, cast when they are made and written anew where they lie; a
+CUDA graph leaves the copying out, so whoever replays it asks for that when weights moved.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .blocks import Block
+
+if TYPE_CHECKING:
+    from .model import VAR
+
+_CAST = "attn", "ffn", "ada_lin"
+
+
+@dataclass
+class Weights:
+    """What all steps read; a shared AdaLN and the head are not in it."""
+
+    word_embed: nn.Linear
+    blocks: Sequence[Block]
+    biases: Sequence[Float[Tensor, " three_d"]]
+    places: Float[Tensor, "1 l d"]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of those that were copied, every one."""
+        yield from self.word_embed.parameters()
+        for block in self.blocks:
+            for name in _CAST:
+                if part := block._modules.get(name):
+                    yield from part.parameters()
+        yield from self.biases
+        yield self.places
+
+
+def own(network: "VAR", dtype: torch.dtype) -> Weights:
+    """The network's, with what is put together of them in `dtype`."""
+    blocks = list(network.blocks)
+    biases = [block.attn.bias().to(dtype) for block in blocks]
+    return Weights(network.word_embed, blocks, biases, network.places().to(dtype))
+
+
+@torch.no_grad()
+def cast(network: "VAR", dtype: torch.dtype) -> Weights:
+    """Copies in `dtype`, as autocast has them; they are no inference tensors."""
+    with torch.inference_mode(False):
+        of = own(network, dtype)
+        word_embed = copy.deepcopy(of.word_embed).to(dtype).requires_grad_(False)
+        return Weights(word_embed, [cast_block(b, dtype) for b in of.blocks], of.biases, of.places)
+
+
+@torch.no_grad()
+def refresh(copied: Weights, network: "VAR") -> None:
+    """Bring copies up to date, without waiting for the device."""
+    for mine, theirs in zip(
+        copied.tensors(), own(network, copied.places.dtype).tensors(), strict=True
+    ):
+        mine.copy_(theirs, non_blocking=True)
+
+
+def cast_block(block: Block, dtype: torch.dtype) -> Block:
+    """A copy of what a step reads, its matrices and their biases in `dtype`, as autocast has them.
+
+    What multiplies in float32 (the scale of the attention) or is put together before it is cast
+    (the biases of queries and values) stays as it is. The attention's backend is the same one.
+    """
+    cast, memo = copy.copy(block), {id(block.attn.backend): block.attn.backend}
+    parts = [name for name in _CAST if name in block._modules]
+    halves = {name: copy.deepcopy(block._modules[name], memo) for name in parts}
+    for half in halves.values():
+        half.requires_grad_(False)
+        for module in half.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+    cast._modules = {**block._modules, **halves}
+    return cast
