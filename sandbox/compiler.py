@@ -26,9 +26,13 @@ def compiling() -> Iterator[None]:
     "failed while executing pow_by_natural": the bounds of a symbolic size grew too large to be
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
     By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
+    And by itself it keeps for the backward pass what that must have whole, even where it is cheap
+    to compute again: activations and what is normalised, a quarter of a training step's memory.
     """
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
-    with torch._dynamo.config.patch(limits), warnings.catch_warnings():
+    kept = {"ban_recompute_materialized_backward": False}
+    patches = torch._dynamo.config.patch(limits), torch._functorch.config.patch(kept)
+    with patches[0], patches[1], warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         _BOUNDS.addFilter(_is_news)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sandbox import Mask
 from sandbox_plugins.attention.plain import SdpaAttention
-from sandbox_plugins.var import copies, few
+from sandbox_plugins.var import blocks, copies, few
 from sandbox_plugins.var.blocks import Block
 from sandbox_plugins.var.pieces import Layer, of_few
 
