@@ -408,7 +408,7 @@ def test_a_recording_decodes_with_the_weights_as_they_are(load, precision):
         with sandbox.exact_float32(run.device), half:
             images, plain = drawn(run, "on"), drawn(run, "off")
         assert _recordings(run) == 1
-        close = 1e-3 if precision == torch.float32 else 2e-2
+        close = 1e-3 if precision == torch.float32 else 4e-2  # of stale ones it would be 1
         assert (images - plain).norm() < close * plain.norm()
 
 
@@ -469,7 +469,8 @@ def test_with_few_tokens_a_gpu_draws_alike_and_compiles_nothing(load, monkeypatc
     run = load(device="cuda", **{"backbone.width": 128})  # 48 tokens in the largest step
     with torch.autocast("cuda", torch.bfloat16):
         plain = logits(run, False)
-        monkeypatch.setattr(pieces, "compiled", None)
+        prepared = pieces.Pieces(pieces.prepare, None, None, None)
+        monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: prepared)
         fused = logits(run, True)
     assert 0 < (fused - plain).norm() < 2e-2 * plain.norm()
 
