@@ -113,7 +113,8 @@ def commands(measured: Mapping[str, Any]) -> Iterator[str]:
 def goals(measured: Mapping[str, Any]) -> Iterator[str]:
     for goal in GOALS:
         if row := found(measured, goal.file, goal.part, goal.where):
-            ours = f"{goal.reached(row):.3g} {goal.unit}"
+            value = goal.reached(row)
+            ours = f"{value:{'.3g' if value < 1000 else '.0f'}} {goal.unit}"
             if goal.part == "training":
                 ours += f", {row['peak_bytes'] / GIB:.1f} GiB"
             low, high = (1e3 * row[name] for name in ("q1_seconds", "q3_seconds"))
