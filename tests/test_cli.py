@@ -170,7 +170,12 @@ def test_a_mistake_can_be_mended_in_the_same_folder(project):
 def test_parts_that_do_not_go_together_are_one_line(project):
     words = ("--set", "dataset.image_size=16")
     told = one_line(project.sandbox("run", "tiny.yaml", *words), 2)
-    assert "16" in told and "schedule" in told
+    assert (
+        "images of (16, 16) pixels (height, width), the tokenizer's schedule makes (8, 8)" in told
+    )
+    words = ("--set", "tokenizer.schedule={name: sides, sides: [1, 3]}", "--out", "ending")
+    told = one_line(project.sandbox("run", "tiny.yaml", *words), 2)
+    assert "schedule makes (12, 12): change dataset.image_size or tokenizer.schedule" in told
     words = ("--set", "tokenizer=null", "--out", "other")
     assert "add `tokenizer:`" in one_line(project.sandbox("run", "tiny.yaml", *words), 2)
     words = ("--set", "device=warp", "--out", "third")

@@ -68,7 +68,10 @@ SMALL = {
     "Codebook-fsq": [{"levels": [4, 3, 5, 2, 3], "scale": 0.5}],
     "Codebook-lfq": [{}, {"scale": 0.5, "entropy_weight": 0.0}],
     "Tokenizer-var-vq": [
-        {**TOKENIZER, "phi": phi} for phi in ("none", "shared", "partial", "per-scale")
+        *({**TOKENIZER, "phi": phi} for phi in ("none", "shared", "partial", "per-scale")),
+        {**TOKENIZER, "estimator": "rotation", "prefix_dropout": 0.2},
+        {**TOKENIZER, "lookup_noise": 0.1, "scale_dropout": 0.2},
+        {**TOKENIZER, "codebook": {"name": "fsq", "levels": [4, 3, 5, 2]}},
     ],
     "Tokenizer-raster-vq": [
         {**TOKENIZER, "schedule": {"name": "raster", "height": 2, "width": 3, "order": "snake"}}

@@ -86,8 +86,8 @@ def _alive_again(settings: Mapping[str, Any]) -> str:
     if move:
         return move.replace("dead ones", "dead codes onto data")
     fewer = "use fewer codes (codebook.vocab_size)"
-    if settings.get("scale_dropout") == 0:
-        return f"leave scales out in training (scale_dropout: 0.1), or {fewer}"
+    if settings.get("prefix_dropout") == 0:
+        return f"leave late scales out in training (prefix_dropout: 0.1), or {fewer}"
     return fewer
 
 

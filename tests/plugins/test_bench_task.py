@@ -128,7 +128,8 @@ def test_the_bytes_of_a_generation_are_weights_every_step_and_the_cache_filled_s
     work = work_of(run, "float32")
     assert work.weight_bytes == 2 * sum(4 * p.numel() for p in network.parameters())
     cond, modulations, cache = 2 * 16, 2 * 6 * 16, 2 * 2 * 5 * 16  # guidance: two rows an image
-    state = cond + modulations + 3 * 16 + cache  # with the bias of queries, keys and values
+    head, bias, places = 2 * 2 * 16, 3 * 16, 5 * 16
+    state = cond + modulations + head + bias + places + cache
     assert work.cache_bytes == round(4 * state * (1 + 5) / 5)
     linear = sum(m.weight.numel() for m in network.blocks.modules() if isinstance(m, nn.Linear))
     assert work.flops > 2 * 2 * 5 * (linear - 6 * 16 * 16)  # AdaLN runs once an image

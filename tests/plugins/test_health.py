@@ -18,7 +18,7 @@ HEALTHY = {
     "beta": 0.25,
     "phi": "partial",
     "estimator": "straight-through",
-    "scale_dropout": 0.0,
+    "prefix_dropout": 0.0,
     "codebook": {
         "name": "vq",
         "init": "data",

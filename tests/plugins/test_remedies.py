@@ -9,7 +9,7 @@ HEALTHY = {
     "beta": 0.25,
     "phi": "partial",
     "estimator": "straight-through",
-    "scale_dropout": 0.0,
+    "prefix_dropout": 0.0,
     "codebook": {
         "name": "vq",
         "init": "data",
@@ -50,8 +50,8 @@ def scales(**columns):
     [
         (with_codebook(init="normal"), "start codes on data (codebook.init: data)"),
         (with_codebook(restart=False), "move dead codes onto data (codebook.restart: true)"),
-        (HEALTHY, "(scale_dropout: 0.1), or use fewer codes (codebook.vocab_size)"),
-        ({**HEALTHY, "scale_dropout": 0.2}, "; use fewer codes (codebook.vocab_size)"),
+        (HEALTHY, "(prefix_dropout: 0.1), or use fewer codes (codebook.vocab_size)"),
+        ({**HEALTHY, "prefix_dropout": 0.2}, "; use fewer codes (codebook.vocab_size)"),
         ({}, "; use fewer codes (codebook.vocab_size)"),
     ],
 )
