@@ -47,8 +47,13 @@ def in_two_processes(folder, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"restart": False}, {"restart": False, "balance": "tokens"}, {"restart_threshold": 0.5}],
-    ids=["scales", "tokens", "restarts"],
+    [
+        {"restart": False},
+        {"restart": False, "balance": "tokens"},
+        {"restart_threshold": 0.5},
+        {"restart_threshold": 0.5, "update": "gradient"},
+    ],
+    ids=["scales", "tokens", "restarts", "restarts of learned codes"],
 )
 def test_two_processes_hold_the_codes_of_one_that_sees_both_batches(tmp_path, settings):
     (first, told), (second, also_told) = in_two_processes(tmp_path, settings)
