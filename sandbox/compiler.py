@@ -17,7 +17,7 @@ _BOUNDS = logging.getLogger("torch.utils._sympy.interp")
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
+def compiling(*, spare_memory: bool = False) -> Iterator[None]:
     """Within this context, keep out three notices, and let it go on where it would give up.
 
     "TensorFloat32 tensor cores ... available but not enabled": they are, by the loop, where that
@@ -27,10 +27,11 @@ def compiling() -> Iterator[None]:
     computed. What matters in it is raised as well; the compiler goes on without the bounds.
     By itself it compiles one piece of code, the `forward` of a class, for no more than 8 modules.
     And by itself it keeps for the backward pass what that must have whole, even where it is cheap
-    to compute again: activations and what is normalised, a quarter of a training step's memory.
+    to compute again, unless `spare_memory`: activations and what is normalised, a quarter of what
+    a step of VAR-d16 takes.
     """
     limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
-    kept = {"ban_recompute_materialized_backward": False}
+    kept = {"ban_recompute_materialized_backward": not spare_memory}
     patches = torch._dynamo.config.patch(limits), torch._functorch.config.patch(kept)
     with patches[0], patches[1], warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)

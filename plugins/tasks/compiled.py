@@ -24,7 +24,7 @@ def compiler_of(made: Any) -> Callable[[], None]:
 def compiled_generator(made: Any) -> Iterator[Any]:
     """A generator whose training is compiled, within this context; its network is the same one."""
     again = copy(made)  # what compiling notes in a generator goes with the copy
-    with sandbox.compiling():
+    with sandbox.compiling(spare_memory=True):
         try:
             compiler_of(again)()
             yield again

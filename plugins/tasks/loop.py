@@ -55,6 +55,8 @@ class Fit:
     begin: Callable[[], None] | None = None
     keep: Mapping[str, Any] = field(default_factory=dict)
     compile: Callable[[], None] | None = None
+    spare_memory: bool = False
+    """Where it is compiled, compute cheap things again in the backward pass."""
 
 
 def train(fit: Fit) -> dict[str, Any]:
@@ -66,7 +68,8 @@ def train(fit: Fit) -> dict[str, Any]:
     """
     _check_shares(fit)
     compiles = fit.settings.compiles(fit.run.device)
-    compiler = sandbox.compiling() if compiles else nullcontext()
+    sparing = fit.spare_memory
+    compiler = sandbox.compiling(spare_memory=sparing) if compiles else nullcontext()
     with laid_out_for_speed(fit.network, fit.run.device), compiler:
         return _train(fit)
 

@@ -92,6 +92,7 @@ class TrainGenerator:
                 validate,
                 "loss",
                 compile=compiler_of(made),
+                spare_memory=True,
             )
         )
         run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])

@@ -377,3 +377,14 @@ def test_a_training_on_a_gpu_goes_on_from_its_checkpoint(run_on_gpu, tmp_path, m
     run_on_gpu(*words)
     log = (tmp_path / "run" / "log.jsonl").read_text()
     assert "going on from 64 images" in log and "peak_memory_gib" in log
+
+
+def test_memory_is_spared_where_that_is_asked_for_and_nowhere_else():
+    def kept():
+        return torch._functorch.config.ban_recompute_materialized_backward
+
+    with sandbox.compiling():
+        assert kept()
+    with sandbox.compiling(spare_memory=True):
+        assert not kept()
+    assert kept()
