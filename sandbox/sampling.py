@@ -57,7 +57,7 @@ def sample(
         if guided:
             with_label, without = logits.float().chunk(2)
             t = sampler.guidance(progress[index])
-            logits = (1 + t) * with_label - t * without if t else with_label
+            logits = without.lerp(with_label, 1 + t) if t else with_label
         ids = sampler.draw(logits.float(), progress[index], rng)
         codes = None
         if soften := getattr(sampler, "soften", None):

@@ -5,7 +5,7 @@ and shift what attention and MLP read and write (arXiv 2404.02905, after DiT, ar
 """
 
 import math
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -49,8 +49,9 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 6 d"]:
-        return rearrange(self.ada_lin(cond), "b (six d) -> b 1 six d", six=6)
+    def modulation(self, active: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 6 d"]:
+        """Of the SiLU of a label, which is the same for all blocks."""
+        return rearrange(self.ada_lin[1](active), "b (six d) -> b 1 six d", six=6)
 
     def forward(
         self,
@@ -71,13 +72,10 @@ class Block(nn.Module):
         x: Float[Tensor, "b n d"],
         modulation: Float[Tensor, "b 1 6 d"],
         bias: Float[Tensor, " three_d"] | None = None,
-        parted: bool = True,
-    ) -> Any:
-        """Queries, keys and values, each `b heads n e`; or else the product that they are made of,
-        `b n (3 heads e)`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each `b heads n e`."""
         _, _, scale, _, shift, _ = modulation.unbind(2)
-        x = self.norm(x) * (1 + scale) + shift
-        return self.attn.project(x, bias) if parted else self.attn.product(x, bias)
+        return self.attn.project(self.norm(x) * (1 + scale) + shift, bias)
 
     def after(
         self,
@@ -91,68 +89,16 @@ class Block(nn.Module):
         return x + self.mlp(self.norm(x) * (1 + scale) + shift) * gate2
 
     def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Compiled to draw, with the cheapest GELU: in 16 bits on a GPU a part of the product."""
+        """Compiled to draw, with the cheapest GELU."""
         drawing = not (self.training or torch.is_grad_enabled())
         if not (drawing and torch.compiler.is_compiling()):
             return self.ffn(x)
-        fc1, half = self.ffn.fc1, (torch.float16, torch.bfloat16)
-        if x.is_cuda and fc1.weight.dtype in half:
-            return self.ffn.fc2(linear_gelu(x.to(fc1.weight.dtype), fc1.weight, fc1.bias))
-        return self.ffn.fc2(gelu(fc1(x)))
+        return self.ffn.fc2(gelu(self.ffn.fc1(x)))
 
 
 def gelu(x: Tensor) -> Tensor:
     """Its tanh form, written with one exponential, which is cheaper where it is compiled."""
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-
-
-@torch.library.custom_op("var_sandbox::linear_gelu", mutates_args=())
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (its tanh form) of a linear layer, on a GPU in the epilogue of the product.
-
-    An operator of its own, since the compiler would take PyTorch's apart (whose form on a CPU is
-    another).
-    """
-    if not x.is_cuda:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
-    return product.view(*x.shape[:-1], -1)
-
-
-@linear_gelu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
-def kernel_for(
-    attn: "SelfAttention", x: Float[Tensor, "b n d"], past: Float[Tensor, "2 b heads l e"]
-) -> ModuleType | None:
-    """The module `kernel`, where it can place what is projected from such tokens as `x`."""
-    e = past.shape[-1]
-    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    if e > 256 or e & (e - 1) or past.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return None
-    if x.dtype != past.dtype or not past.is_contiguous():
-        return None
-    return _kernel(x.device, past.dtype, attn.num_heads, e, attn.qk_norm)
-
-
-@cache
-def _kernel(
-    device: torch.device, dtype: torch.dtype, num_heads: int, e: int, qk_norm: bool
-) -> ModuleType | None:
-    """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
-
-    def trial() -> ModuleType:
-        from . import kernel
-
-        scale = torch.zeros(1, num_heads, 1, 1, device=device) if qk_norm else None
-        qkv = torch.zeros(1, 1, 3 * num_heads * e, dtype=dtype, device=device)
-        kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
-        return kernel
-
-    return sandbox.tried(trial, "keys and values placed without their Triton kernel")
 
 
 class SelfAttention(nn.Module):

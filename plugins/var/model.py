@@ -16,12 +16,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import sandbox
 from sandbox import Mask, Part, Tokens
 
-from . import copies, pieces, published_model
+from . import copies, fused, published_model
 from .blocks import Block, HeadNorm, with_drop_path
 
 
@@ -151,8 +152,13 @@ class VAR(nn.Module):
     ) -> Float[Tensor, "b n v"]:
         """`logits` of tokens and what their label makes of the head."""
         with self._uncast(x.device):
-            x = x.to(self.head.weight.dtype)
-            return self.head(self.head_nm(x, modulation)).float()
+            normed = self.head_nm(x.to(self.head.weight.dtype), modulation)
+        return self.project(normed)
+
+    def project(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
+        """What `logits` makes of tokens that are normalised already, in the head's own type."""
+        with self._uncast(normed.device):
+            return self.head(normed).float()
 
     def read(
         self,
@@ -197,7 +203,7 @@ class VAR(nn.Module):
         heads = self.blocks[0].attn.num_heads
         shape = 2, b, heads, self.tokens.layout.seq_len, d // heads
         weights = self._weights(dtype)
-        begin = pieces.begin if self.fused else VAR.modulations
+        begin = fused.begin if self.fused else VAR.modulations
         modulations, head = begin(self, cond, weights.blocks)
         caches = [cond.new_empty(shape, dtype=dtype) for _ in self.blocks]
         return State(weights, cond, modulations, head, caches)
@@ -212,7 +218,7 @@ class VAR(nn.Module):
         if step != state.next_step:
             raise ValueError(f"step {state.next_step} comes next, not step {step}")
         span = self.tokens.layout.spans[step]
-        steps = pieces.step if self.fused else VAR._step
+        steps = fused.step if self.fused else VAR._step
         logits = steps(self, state, context if step else None, span)
         state.next_step += 1
         return logits
@@ -312,7 +318,8 @@ class VAR(nn.Module):
         self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
     ) -> list[Float[Tensor, "b 1 6 d"]]:
         if not self.params.shared_adaln:
-            return [block.modulation(cond) for block in blocks]
+            active = F.silu(cond)  # what every AdaLN begins with
+            return [block.modulation(active) for block in blocks]
         shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
         return [block.ada_gss + shared for block in self.blocks]
 

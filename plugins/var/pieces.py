@@ -2,12 +2,11 @@
 
 The one idea to hold: what ends one block and what begins the next read the same tokens, so both are
 one piece, in which adding, gating and normalising are one kernel. Attention between the pieces is
-the backend's; and where the module `kernel` takes keys and values to their place, that is too.
+the backend's. So a CPU draws; a GPU does where it cannot draw by the kernels of `fused`.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from sandbox import Mask
 
-from .blocks import Block, kernel_for
-from .few import products_for
+from .blocks import Block
 
 if TYPE_CHECKING:
     from .model import VAR, State
@@ -51,30 +49,22 @@ def begin(
 def step(
     network: "VAR", state: "State", context: Float[Tensor, "b n c"] | None, span: slice
 ) -> Float[Tensor, "b n v"]:
-    """The logits of the tokens of `span`; the first ones have no context.
-
-    With few tokens nothing is compiled: the products are kernels of their own, too.
-    """
-    weights = state.weights
-    places, first = weights.places[:, span], weights.blocks[0]
-    layers = [*map(Layer, weights.blocks, state.modulations, weights.biases)]
-    read = state.cond, context, weights.word_embed
-    kernel = kernel_for(first.attn, places, state.caches[0])
-    count = len(state.cond) * places.shape[1]
-    if kernel and (skinny := products_for(first, count, state.modulations[0])):
-        x = network.read(*read) + places
-        for layer, past in zip(layers, state.caches, strict=True):
-            x = of_few(layer, x, past, span, kernel, skinny)
-        return network.predict(x, state.head)
-    parted = kernel is None
+    """The logits of the tokens of `span`; the first ones have no context."""
+    layers, places = layers_of(state), state.weights.places[:, span]
+    read = state.cond, context, state.weights.word_embed
     pieces = compiled(dynamic=places.device.type == "cpu")
-    x, made = pieces.enter(network, layers[0], read, places, parted)
+    x, made = pieces.enter(network, layers[0], read, places)
     for index, (layer, past) in enumerate(zip(layers, state.caches, strict=True)):
-        seen = layer.block.attn.see(made, Mask(), past, span, kernel)
+        seen = layer.block.attn.see(made, Mask(), past, span)
         if index + 1 < len(layers):
-            x, made = pieces.between(layer, layers[index + 1], x, seen, parted)
+            x, made = pieces.between(layer, layers[index + 1], x, seen)
     with network.coarse_products():
         return pieces.leave(network, layers[-1], x, seen, state.head)
+
+
+def layers_of(state: "State") -> list[Layer]:
+    weights = state.weights
+    return [*map(Layer, weights.blocks, state.modulations, weights.biases)]
 
 
 def prepare(
@@ -89,11 +79,10 @@ def enter(
     first: Layer,
     tokens: tuple[Tensor, Tensor | None, nn.Linear],
     places: Float[Tensor, "1 n d"],
-    parted: bool,
 ) -> tuple[Float[Tensor, "b n d"], Any]:
     """The tokens (`VAR.read`), and what the first block's attention is to see of them."""
     x = network.read(*tokens) + places
-    return x, _before(first, x, parted)
+    return x, _before(first, x)
 
 
 def between(
@@ -101,11 +90,10 @@ def between(
     following: Layer,
     x: Float[Tensor, "b n d"],
     seen: Float[Tensor, "b heads n e"],
-    parted: bool,
 ) -> tuple[Float[Tensor, "b n d"], Any]:
     """From what a block's attention saw to what the next one's is to see."""
     x = layer.block.after(x, seen, layer.modulation)
-    return x, _before(following, x, parted)
+    return x, _before(following, x)
 
 
 def leave(
@@ -119,26 +107,8 @@ def leave(
     return network.predict(last.block.after(x, seen, last.modulation), head)
 
 
-def of_few(
-    layer: Layer,
-    x: Float[Tensor, "b n d"],
-    past: Float[Tensor, "2 b heads l e"],
-    span: slice,
-    kernel: ModuleType,
-    skinny: ModuleType,
-) -> Float[Tensor, "b n d"]:
-    """A block to draw a few tokens, in six kernels."""
-    attn, ffn = layer.block.attn, layer.block.ffn
-    gate1, gate2, scale1, scale2, shift1, shift2 = layer.modulation.unbind(2)
-    qkv = skinny.normed_linear(x, shift1, scale1, attn.mat_qkv.weight, layer.bias)
-    seen = attn.see(qkv, Mask(), past, span, kernel)
-    x = skinny.gated_linear(seen, attn.proj.weight, attn.proj.bias, gate1, x)
-    hidden = skinny.normed_linear(x, shift2, scale2, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
-    return skinny.gated_linear(hidden[:, None], ffn.fc2.weight, ffn.fc2.bias, gate2, x)
-
-
-def _before(layer: Layer, x: Float[Tensor, "b n d"], parted: bool) -> Any:
-    return layer.block.before(x, layer.modulation, layer.bias, parted)
+def _before(layer: Layer, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.block.before(x, layer.modulation, layer.bias)
 
 
 @cache

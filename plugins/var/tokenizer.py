@@ -7,7 +7,6 @@ All of that is float32, with neither autocast nor TF32, because both change whic
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -158,15 +157,13 @@ class VarTokenizer(nn.Module):
         self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n c"], step: int
     ) -> Float[Tensor, "b c h w"]:
         """The canvas with one step's codes grown and added; the one given is left as it was."""
-        painted = compiled(VarTokenizer._painted) if self._builds(canvas) else VarTokenizer._painted
         with sandbox.exact_float32(canvas.device):
-            return painted(self, canvas, codes, step)
+            return canvas + self._grow(codes.float(), step)
 
     def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
         """The canvas of the steps before, shrunk to this step's map; of an empty one, zeros."""
-        shrunk = compiled(VarTokenizer._shrunk) if self._builds(canvas) else VarTokenizer._shrunk
         with sandbox.exact_float32(canvas.device):
-            return shrunk(self, canvas, step)
+            return rearrange(self.pyramid.shrink(canvas, step), "b c h w -> b (h w) c")
 
     def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
@@ -319,24 +316,11 @@ class VarTokenizer(nn.Module):
             canvas = self.paint(canvas, self.embed(ids[:, span]), step)
         yield canvas
 
-    def _builds(self, canvas: Float[Tensor, "b c h w"]) -> bool:
-        """On a GPU, where starting kernels takes longer than they run, each step is built."""
-        return self.fused and canvas.is_cuda
-
-    def _painted(
-        self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n c"], step: int
-    ) -> Float[Tensor, "b c h w"]:
-        return canvas + self._grow(codes.float(), step)
-
-    def _shrunk(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
-        return rearrange(self.pyramid.shrink(canvas, step), "b c h w -> b (h w) c")
-
     def _grow(self, codes: Float[Tensor, "b n c"], step: int) -> Float[Tensor, "b c h w"]:
         maps = self.pyramid.grow(codes, step)
         if not self.phi_of_step:
             return maps
-        share = self.params.quant_resi
-        return (1 - share) * maps + share * self.phi[self.phi_of_step[step]](maps)
+        return maps.lerp(self.phi[self.phi_of_step[step]](maps), self.params.quant_resi)
 
     @torch.no_grad()
     def _count(self, ids: list[Tensor]) -> None:
@@ -348,9 +332,3 @@ class VarTokenizer(nn.Module):
         counts.index_add_(0, rows, torch.ones_like(rows, dtype=counts.dtype))
         # Of the whole batch: training averages this over the processes, each of which saw a share.
         self.hits.lerp_(counts.view_as(self.hits) * sandbox.world_size(), 0.01)
-
-
-@cache
-def compiled(piece: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A part of a drawing step, built for every step: each has a size of its own."""
-    return torch.compile(piece, dynamic=False)

@@ -16,7 +16,8 @@ from sandbox import Mask
 from sandbox_plugins.attention.plain import SdpaAttention
 from sandbox_plugins.var import blocks, copies, few
 from sandbox_plugins.var.blocks import Block
-from sandbox_plugins.var.pieces import Layer, of_few
+from sandbox_plugins.var.fused import of_few
+from sandbox_plugins.var.pieces import Layer
 
 HALF = [torch.bfloat16, torch.float16]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -12,7 +12,7 @@ from torch import nn
 
 from sandbox import Mask
 from sandbox_plugins.attention.plain import SdpaAttention
-from sandbox_plugins.var import blocks
+from sandbox_plugins.var import fused
 from sandbox_plugins.var.blocks import Block, SelfAttention
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,7 +67,10 @@ def stepped(kernel, device="cpu"):
     with torch.inference_mode():
         for span in (slice(0, 1), slice(1, 5)):
             x = torch.randn(3, span.stop - span.start, 64).to(device)
-            made = block.before(x, modulation, parted=kernel is None)
+            made = block.before(x, modulation)
+            if kernel is not None:
+                _, _, scale, _, shift, _ = modulation.unbind(2)
+                made = block.attn.product(block.norm(x) * (1 + scale) + shift)
             seen = block.attn.see(made, Mask(), past, span, kernel)
             found.append(block.after(x, seen, modulation))
     return torch.cat(found, 1), past
@@ -113,8 +116,8 @@ KIND = torch.device("cpu"), torch.float32, 2, 32, True
 
 def test_a_kernel_that_fails_its_trial_is_told_of_and_done_without():
     pytest.importorskip("triton", reason="triton is not there on this platform")
-    with pytest.warns(UserWarning, match="without their Triton kernel, so slower"):
-        assert blocks._kernel.__wrapped__(*KIND) is None
+    with pytest.warns(UserWarning, match="without its Triton kernels, so slower"):
+        assert fused._kernel.__wrapped__(*KIND) is None
 
 
 def test_without_triton_torch_does_it(monkeypatch):
@@ -122,12 +125,12 @@ def test_without_triton_torch_does_it(monkeypatch):
 
     monkeypatch.delattr(package, "kernel", raising=False)
     monkeypatch.setitem(sys.modules, "sandbox_plugins.var.kernel", None)
-    assert blocks._kernel.__wrapped__(*KIND) is None
+    assert fused._kernel.__wrapped__(*KIND) is None
 
 
 def the_kernel(dtype=torch.float32, heads=2, e=32, qk_norm=True):
     device = torch.zeros(1, device="cuda").device
-    kernel = blocks._kernel(device, dtype, heads, e, qk_norm)
+    kernel = fused._kernel(device, dtype, heads, e, qk_norm)
     assert kernel is not None
     return kernel
 
@@ -157,9 +160,9 @@ def test_a_gpu_places_beyond_the_reach_of_32_bits():
 def test_a_gpu_has_thekernel_for_what_it_can_do():
     attn = attention(2, 32, True, "cuda")
     x, past = torch.zeros(2, 3, 64, device="cuda"), torch.zeros(2, 2, 2, 9, 32, device="cuda")
-    assert blocks.kernel_for(attn, x, past) is None  # gradients are asked for
+    assert fused.kernel_for(attn, x, past) is None  # gradients are asked for
     with torch.no_grad():
-        assert blocks.kernel_for(attn, x, past) is the_kernel()
+        assert fused.kernel_for(attn, x, past) is the_kernel()
         for other in [
             (x.cpu(), past),
             (x.half(), past),
@@ -168,7 +171,7 @@ def test_a_gpu_has_thekernel_for_what_it_can_do():
             (x, past.new_zeros(2, 2, 2, 9, 24)),
             (x, past.new_zeros(2, 2, 2, 9, 512)),
         ]:
-            assert blocks.kernel_for(attn, *other) is None
+            assert fused.kernel_for(attn, *other) is None
 
 
 @pytest.mark.gpu

@@ -1,0 +1,148 @@
+"""A step of drawing by as few kernels as there are: products, and what stands between two of them.
+
+The one idea to hold: on a GPU nothing is compiled for a number of tokens. A block is four products
+of the library, attention by its backend, and between them Triton kernels that serve every step;
+with few tokens the products are Triton kernels, too, which do what stands beside them. Where these
+kernels cannot be, on a CPU to begin with, the compiled pieces do the same.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+import sandbox
+from sandbox import Mask
+
+from . import pieces
+from .blocks import Block, SelfAttention
+from .few import products_for
+from .pieces import Layer, layers_of
+
+if TYPE_CHECKING:
+    from .model import VAR, State
+
+
+def begin(
+    network: "VAR", cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
+    """What a label makes of each block and of the head (`VAR.modulations`)."""
+    compiled = cond.device.type == "cpu"  # elsewhere it costs little, once for all steps
+    return pieces.begin(network, cond, blocks) if compiled else network.modulations(cond, blocks)
+
+
+def step(
+    network: "VAR", state: "State", context: Float[Tensor, "b n c"] | None, span: slice
+) -> Float[Tensor, "b n v"]:
+    """The logits of the tokens of `span`; the first ones have no context."""
+    places = state.weights.places[:, span]
+    kernel = kernel_for(state.weights.blocks[0].attn, places, state.caches[0])
+    if kernel is None:
+        return pieces.step(network, state, context, span)
+    from . import gating
+
+    layers = layers_of(state)
+    x = network.read(state.cond, context, state.weights.word_embed) + places
+    skinny = products_for(layers[0].block, x.shape[:2].numel(), layers[0].modulation)
+    head_scale, head_shift = state.head.unbind(2)
+    if skinny:
+        for layer, past in zip(layers, state.caches, strict=True):
+            x = of_few(layer, x, past, span, kernel, skinny)
+        _, normed = gating.gated_norm(x, None, head_shift, head_scale)
+        return network.project(normed)
+    moves = [(layer.modulation[:, :, 4], layer.modulation[:, :, 2]) for layer in layers]
+    _, normed = gating.gated_norm(x, None, *moves[0])
+    moves.append((head_shift, head_scale))
+    for layer, past, following in zip(layers, state.caches, moves[1:], strict=True):
+        x, normed = of_many(layer, x, normed, following, past, span, kernel)
+    return network.project(normed)
+
+
+def of_many(
+    layer: Layer,
+    x: Float[Tensor, "b n d"],
+    normed: Float[Tensor, "b n d"],
+    following: tuple[Tensor, Tensor],
+    past: Float[Tensor, "2 b heads l e"],
+    span: slice,
+    kernel: ModuleType,
+) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+    """A block, in eight kernels: from tokens, and what its attention reads of them, to both anew.
+
+    `following` shifts and scales what is read next.
+    """
+    from . import gating
+
+    attn, ffn = layer.block.attn, layer.block.ffn
+    gate1, gate2, _, scale2, _, shift2 = layer.modulation.unbind(2)
+    seen = attn.see(attn.product(normed, layer.bias), Mask(), past, span, kernel)
+    x, normed = gating.gated_norm(x, (attn.merge(seen), gate1), shift2, scale2)
+    branch = ffn.fc2(linear_gelu(normed, ffn.fc1.weight, ffn.fc1.bias))
+    return gating.gated_norm(x, (branch, gate2), *following)
+
+
+def of_few(
+    layer: Layer,
+    x: Float[Tensor, "b n d"],
+    past: Float[Tensor, "2 b heads l e"],
+    span: slice,
+    kernel: ModuleType,
+    skinny: ModuleType,
+) -> Float[Tensor, "b n d"]:
+    """A block to draw a few tokens, in six kernels."""
+    attn, ffn = layer.block.attn, layer.block.ffn
+    gate1, gate2, scale1, scale2, shift1, shift2 = layer.modulation.unbind(2)
+    qkv = skinny.normed_linear(x, shift1, scale1, attn.mat_qkv.weight, layer.bias)
+    seen = attn.see(qkv, Mask(), past, span, kernel)
+    x = skinny.gated_linear(seen, attn.proj.weight, attn.proj.bias, gate1, x)
+    hidden = skinny.normed_linear(x, shift2, scale2, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
+    return skinny.gated_linear(hidden[:, None], ffn.fc2.weight, ffn.fc2.bias, gate2, x)
+
+
+def linear_gelu(
+    x: Float[Tensor, "b n d"], weight: Float[Tensor, "out d"], bias: Float[Tensor, " out"]
+) -> Float[Tensor, "b n out"]:
+    """GELU (its tanh form) of a linear layer; in 16 bits on a GPU a part of the product."""
+    if not x.is_cuda or x.dtype == torch.float32:
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.T, use_gelu=True)
+    return rearrange(product, "(b n) out -> b n out", b=len(x))
+
+
+def kernel_for(
+    attn: SelfAttention, x: Float[Tensor, "b n d"], past: Float[Tensor, "2 b heads l e"]
+) -> ModuleType | None:
+    """The module `kernel`, where it and `gating` can draw with such tokens as `x`."""
+    e = past.shape[-1]
+    if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if e > 256 or e & (e - 1) or past.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    if x.dtype != past.dtype or not past.is_contiguous():
+        return None
+    return _kernel(x.device, past.dtype, attn.num_heads, e, attn.qk_norm)
+
+
+@cache
+def _kernel(
+    device: torch.device, dtype: torch.dtype, num_heads: int, e: int, qk_norm: bool
+) -> ModuleType | None:
+    """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
+
+    def trial() -> ModuleType:
+        from . import gating, kernel
+
+        scale = torch.zeros(1, num_heads, 1, 1, device=device) if qk_norm else None
+        qkv = torch.zeros(1, 1, 3 * num_heads * e, dtype=dtype, device=device)
+        kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
+        x = qkv[..., : num_heads * e].contiguous()
+        gating.gated_norm(x, (x, x), x, x)
+        return kernel
+
+    return sandbox.tried(trial, "what stands between products without its Triton kernels")
