@@ -6,7 +6,7 @@ Reads the `*.json` of a folder, each the `bench.json` of one command (which stan
 prints, as Markdown: every command with its machine and date; our column beside what the published
 implementation reaches and what was aimed at; plain and fast side by side; raster-scan against
 next-scale; what each precision of the encoder changes; and, row by row, the kernels that took
-longest. A row that a file lacks is left out.
+longest. A row that a file lacks is left out; a file that a stopped bench left says so.
 """
 
 import argparse
@@ -104,8 +104,9 @@ def commands(measured: Mapping[str, Any]) -> Iterator[str]:
         if "environment" in kept:
             top = [f"{r['flops_per_second'] / 1e12:.0f}" for r in kept["ceilings"]["matmul"][-1:]]
             copied = kept["ceilings"]["copy"].get("bytes_per_second", 0) / 1e12
+            name = file if kept.get("complete", True) else f"{file} (stopped before its end)"
             yield (
-                f"| {file} | `{kept['environment'].get('command', '')}` | {kept['device']} "
+                f"| {name} | `{kept['environment'].get('command', '')}` | {kept['device']} "
                 f"| {kept['date'][:10]} | {top[0]} | {copied:.2f} |"
             )
 

@@ -75,7 +75,7 @@ def one_line(outcome):
 def test_every_number_is_kept_with_the_environment_and_how_it_was_counted(measured):
     found = json.loads((measured / "bench.json").read_text())
     assert {"torch", "command", "device", "git"} <= set(found["environment"])
-    assert found["date"] and found["how_counted"] and found["device"] == "CPU"
+    assert found["complete"] and found["date"] and found["how_counted"] and found["device"] == "CPU"
     assert found["settings"]["batch_sizes"] == [1, 3]
     for part in PARTS:
         where = [(row["precision"], row["batch_size"]) for row in found[part]]
@@ -135,6 +135,8 @@ def test_the_profile_tells_what_ran_in_every_row(measured):
         seconds = [kernel["seconds"] for kernel in row["kernels"]]
         assert seconds == sorted(seconds, reverse=True) and min(seconds) > 0
         assert sum(seconds) <= row["kernels_seconds"] * 1.001
+        assert row["kernels_launched"] >= sum(kernel["calls"] for kernel in row["kernels"])
+        assert 0 < row["kernels_gaps_seconds"] < row["ended_seconds"] - row["began_seconds"]
         assert any(
             "addmm" in kernel["name"] or "conv" in kernel["name"] for kernel in row["kernels"]
         )
@@ -205,7 +207,7 @@ def test_a_batch_that_does_not_fit_is_a_row_that_says_so(project, monkeypatch, e
     fits, fails = found["generation"]
     assert fits["status"] == "ok" and len(found["training"]) == 2
     where = {"precision": "float32", "batch_size": 3, "fast": "off"}
-    assert fails == {**where, "status": "out of memory"}
+    assert fails.items() >= {**where, "status": "out of memory"}.items()
 
 
 def test_a_precision_that_a_part_refuses_is_a_row_with_the_reason(project, monkeypatch):

@@ -55,6 +55,17 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
 
 
+def test_what_a_stopped_bench_left_is_read_and_says_so(measured, capsys):
+    path = measured / "raster.json"
+    stopped = json.loads(path.read_text()) | {"complete": False, "encoding": [], "training": []}
+    path.write_text(json.dumps(stopped))
+    sys.argv = ["speed.py", str(measured)]
+    speed.main()
+    out = capsys.readouterr().out
+    assert "| raster (stopped before its end) | `sandbox bench x` |" in out and "| d16 | `" in out
+    assert "| raster | bfloat16 | 8 | on |" in out
+
+
 def test_the_page_holds_what_the_bench_kept(capsys):
     results = Path(__file__).parents[1] / "docs/results"
     sys.argv = ["speed.py", str(results / "speed")]

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sandbox
+from sandbox_plugins.tasks.bench import task
 from sandbox_plugins.tasks.bench.clock import (
     Clock,
     forget_peak,
@@ -19,8 +20,10 @@ from sandbox_plugins.tasks.bench.clock import (
     spread,
 )
 from sandbox_plugins.tasks.bench.counting import _tensors, work_of
+from sandbox_plugins.tasks.bench.kernels import gaps
 from sandbox_plugins.tasks.bench.rows import noise
 from sandbox_plugins.tasks.bench.split import Split, seams, split_once
+from sandbox_plugins.tasks.bench.tables import brief
 from sandbox_plugins.tasks.bench.task import Bench
 from sandbox_plugins.tasks.replacing import replaced
 
@@ -41,6 +44,7 @@ RECIPE = {
         "sampler": {"name": "top-k-top-p", "guidance": 1.5},
     },
 }
+PARTS = ("generation", "encoding", "decoding", "training")
 LABELS = torch.tensor([0, 1, 1])
 
 
@@ -49,6 +53,10 @@ def run(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
     (tmp_path / "tiny.run").mkdir()
     return sandbox.load(tmp_path / "tiny.yaml")
+
+
+def kept(run):
+    return json.loads((run.folder / "bench.json").read_text())
 
 
 def test_timing_the_parts_changes_no_image_and_leaves_no_trace(run):
@@ -92,6 +100,47 @@ def test_the_training_steps_leave_the_weights_alone(run):
     assert not run.generator.network.training
 
 
+def test_a_bench_that_is_stopped_keeps_its_rows(run, monkeypatch):
+    """Here in the third row of training, which no handler for errors may take for a refusal."""
+    training, before = task.training, run.generator.network.state_dict()
+    before = {name: t.clone() for name, t in before.items()}
+
+    def stopped(run, clock, setting):
+        if setting.batch_size == 3:
+            raise KeyboardInterrupt
+        return training(run, clock, setting)
+
+    monkeypatch.setattr(task, "training", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Bench(Bench.Params(batch_sizes=(1, 2, 3), repeats=1)).run(run)
+    found = kept(run)
+    assert found["complete"] is False and found["ceilings"]["copy"]["bytes_per_second"] > 0
+    assert [len(found[part]) for part in PARTS] == [3, 3, 3, 2]
+    assert found["training"][1]["share_of_matmul"] > 0
+    after = run.generator.network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    monkeypatch.undo()
+    Bench(Bench.Params(batch_sizes=(1,), repeats=1)).run(run)
+    assert kept(run)["complete"] is True
+
+
+def test_every_row_tells_when_it_was_measured_and_what_the_first_call_took(run):
+    Bench(Bench.Params(batch_sizes=(1, 2), repeats=1, warmup=1)).run(run)
+    rows = [row for part in PARTS for row in kept(run)[part]]
+    times = [row[name] for row in rows for name in ("began_seconds", "ended_seconds")]
+    assert times == sorted(times) and times[0] > 0
+    for row in rows:
+        spent = row["ended_seconds"] - row["began_seconds"]
+        assert 0 < row["first_seconds"] + row["seconds"][0] < spent
+    assert "images/s (first 46.8 s)" in brief("generation", {**rows[0], "first_seconds": 46.81})
+
+
+def test_gaps_are_what_no_span_covers():
+    assert gaps([(5, 6), (0, 2), (1, 3), (0, 1)]) == 2
+    assert gaps([(0, 9), (1, 2), (4, 5), (10, 11)]) == 1  # kernels within a longer one
+    assert gaps([(3, 4)]) == gaps([]) == 0
+
+
 def test_on_and_off_are_read_as_words():
     params = Bench.Params(fast=[False, "auto", True], compile=False)
     assert (params.fast, params.compile) == (("off", "auto", "on"), "off")
@@ -102,7 +151,8 @@ def test_what_is_compiled_has_rows_of_its_own_and_leaves_no_trace(run, monkeypat
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     network = run.generator.network
     network.compile = lambda: [b.compile(backend="eager") for b in network.blocks]
-    found = Bench(Bench.Params(batch_sizes=(1, 2), repeats=1, compile=True))._measure(run)
+    Bench(Bench.Params(batch_sizes=(1, 2), repeats=1, compile=True)).run(run)
+    found = kept(run)
     for part in ("encoding", "decoding", "training"):
         rows = [(row["batch_size"], row.get("compiled", False)) for row in found[part]]
         assert rows == [(1, False), (2, False), (2, True)]
@@ -169,6 +219,9 @@ def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
     (tmp_path / "tiny.run").mkdir()
     run = sandbox.load(tmp_path / "tiny.yaml")
     Bench(Bench.Params(batch_sizes=(2,), repeats=1, profile=True)).run(run)
-    found = json.loads((tmp_path / "tiny.run/bench.json").read_text())["generation"]
+    found = kept(run)["generation"]
     assert [row["fast"] for row in found] == ["off", "on"] * 3
     assert all(row["status"] == "ok" for row in found)
+    for row in found:
+        assert row["kernels_launched"] >= sum(kernel["calls"] for kernel in row["kernels"]) > 10
+        assert row["kernels_gaps_seconds"] > 0

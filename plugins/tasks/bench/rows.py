@@ -65,7 +65,7 @@ def generation(
         (first,) = clock.time(call, 1)
         if setting.fast == "auto":  # recorded when it comes a fourth time
             clock.time(call, 3)
-        found = {"first_seconds": first, **_timed(clock, call, setting, fresh=False)}
+        found = _timed(clock, call, setting, fresh=False) | {"first_seconds": first}
         found["peak_bytes"] = peak_bytes(clock.device) if known else None
         if setting.plain:  # a recorded generation has no parts
             split_once(split, call)  # what is set up at the first such call
@@ -215,12 +215,13 @@ def _timed(
 ) -> dict[str, Any]:
     """Seconds, their spread, what follows from them, and (`fresh`) the peak of memory."""
     known = fresh and forget_peak(clock.device)
-    clock.time(call, setting.warmup)
+    before = clock.time(call, setting.warmup)
     seconds = clock.time(call, setting.repeats)
     found = spread(seconds)
     median = found["median_seconds"]
     peak = peak_bytes(clock.device) if known else None
     return {
+        "first_seconds": [*before, *seconds][0],
         "seconds": seconds,
         **found,
         "ms_per_image": 1000 * median / setting.batch_size,

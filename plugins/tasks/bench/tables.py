@@ -49,9 +49,10 @@ def brief(part: str, row: Mapping[str, Any]) -> str:
     if "median_seconds" not in row:
         return f"{where}: {row['status']}" + (f" ({row['reason']})" if "reason" in row else "")
     warning = "" if row["status"] == "ok" else f", {row['status']}"
+    first = f" (first {row['first_seconds']:.3g} s)" if "first_seconds" in row else ""
     return (
         f"{where}: {row['ms_per_image']:.4g} ms an image, {row['images_per_second']:.4g} "
-        f"images/s{warning}"
+        f"images/s{first}{warning}"
     )
 
 

@@ -1,8 +1,12 @@
-"""Measure the recipe's generator and tokenizer on this machine; keeps `bench.json`."""
+"""Measure the recipe's generator and tokenizer on this machine; keeps `bench.json`.
+
+What measures is a generator that stops after every row, so all that is known by then is kept.
+"""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from time import perf_counter
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +27,8 @@ from .split import Split, seams
 from .tables import brief, ceilings_table, split_table, table
 
 JSON, PICTURE, TRACE = "bench.json", "bench.png", "trace.json"
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Each with its part."""
 Name = Literal["generation", "encoding", "decoding", "training"]
 PARTS: tuple[Name, ...] = get_args(Name)
 
@@ -31,7 +37,8 @@ class Bench:
     """Speed and memory of generating, encoding, decoding and a training step, on this machine.
 
     Nothing is trained: the training steps' weights are put back. Weights may be random, and no
-    images of a data set are read. `bench.json` holds every number, `bench.png` the curves.
+    images of a data set are read. `bench.json` holds every number, `bench.png` the curves. It is
+    written after every row, so a bench that is stopped keeps the rows that it has made.
     """
 
     class Params(sandbox.Params):
@@ -103,9 +110,9 @@ class Bench:
             "weights": {role: run.has_weights(role) for role in ("tokenizer", "generator")},
             "settings": self.params.model_dump(mode="json"),
             "how_counted": HOW,
-            **self._measure(run),
         }
-        sandbox.write_json(run.folder / JSON, found)
+        for _ in self._measure(run, found):
+            sandbox.write_json(run.folder / JSON, found)
         title = f"{run.settings('generator').get('name', 'no generator')} on {found['device']}"
         drawn = plot(run.folder / PICTURE, found["generation"], title)
         files = [JSON] + [PICTURE] * drawn + [TRACE] * (run.folder / TRACE).exists()
@@ -118,21 +125,37 @@ class Bench:
             "files": ", ".join(str(run.folder / name) for name in files),
         }
 
-    def _measure(self, run: sandbox.Run) -> dict[str, Any]:
-        clock, absent = Clock(run.device), {}
-        ceilings = {
+    def _measure(self, run: sandbox.Run, found: dict[str, Any]) -> Iterator[None]:
+        """Fill `found`, stopping after every row, and where it is complete."""
+        clock, absent, start = Clock(run.device), dict[str, str](), perf_counter()
+        found |= {"complete": False, **{part: [] for part in PARTS}, "left_out": absent}
+        found["ceilings"] = {
             "matmul": [
                 matrix_product(clock, p)
                 for p in dict.fromkeys(("float32", *self._precisions(run.device)))
             ],
             "copy": copy(clock),
         }
-        found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
+        ended = perf_counter() - start
+        for part, row in self._every_row(run, clock, absent):
+            found[part].append(row)
+            row["began_seconds"], ended = ended, perf_counter() - start
+            row["ended_seconds"] = ended
+            run.say(brief(part, row))
+            add_ratios(found[part])
+            add_shares({part: [row]}, found["ceilings"], run.device)
+            yield
+        if any(row.get("peak_bytes", 0) is None for part in PARTS for row in found[part]):
+            absent["peak memory"] = "this system does not tell a process's peak anew"
+        found["complete"] = True
+        yield
+
+    def _every_row(self, run: sandbox.Run, clock: Clock, absent: dict[str, str]) -> Rows:
         asked = self.params.parts
         absent |= dict.fromkeys((part for part in PARTS if part not in asked), "not asked for")
         if run.settings("generator"):
             if "generation" in asked:
-                found["generation"] = self._generation(run, clock, absent)
+                yield from self._generation(run, clock, absent)
         else:
             absent |= dict.fromkeys(("generation", "training"), "the recipe names no generator")
         if run.settings("tokenizer"):
@@ -140,7 +163,7 @@ class Bench:
                 if part not in asked:
                     continue
                 precisions = self._coding_precisions(run.device)
-                found[part] = self._rows(run, part, measure, clock, precisions=precisions)
+                yield from self._rows(run, part, measure, clock, precisions=precisions)
         else:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
         if run.settings("generator"):
@@ -153,17 +176,11 @@ class Bench:
                 if kept["status"] != "ok":
                     absent["profile"] = kept.get("reason", kept["status"])
             if "training" in asked:
-                found["training"] = self._training(run, clock, absent)
+                yield from self._training(run, clock, absent)
         elif self.params.profile:
             absent["profile"] = "the recipe names no generator"
-        add_shares(found, ceilings, run.device)
-        if any(row.get("peak_bytes", 0) is None for rows in found.values() for row in rows):
-            absent["peak memory"] = "this system does not tell a process's peak anew"
-        return {"ceilings": ceilings, **found, "left_out": absent}
 
-    def _generation(
-        self, run: sandbox.Run, clock: Clock, absent: dict[str, str]
-    ) -> list[dict[str, Any]]:
+    def _generation(self, run: sandbox.Run, clock: Clock, absent: dict[str, str]) -> Rows:
         parts, missing = seams(run)
         absent |= missing
         split, works = Split(clock, parts), dict[Precision, Work | None]()
@@ -182,20 +199,18 @@ class Bench:
         def row(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
             return generation(run, clock, setting, split, works[setting.precision])
 
-        return self._rows(run, "generation", row, clock)
+        yield from self._rows(run, "generation", row, clock)
 
-    def _training(
-        self, run: sandbox.Run, clock: Clock, absent: dict[str, str]
-    ) -> list[dict[str, Any]]:
+    def _training(self, run: sandbox.Run, clock: Clock, absent: dict[str, str]) -> Rows:
         network = run.generator.network
         if not any(parameter.requires_grad for parameter in network.parameters()):
             absent["training"] = "the generator has nothing to train"
-            return []
+            return
         before = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
         if "float16" in self._precisions(run.device):
             absent["training: float16"] = "it would need scaled losses, which no task here has"
         try:
-            return self._rows(run, "training", training, clock, but="float16")
+            yield from self._rows(run, "training", training, clock, but="float16")
         finally:
             network.load_state_dict(before)
 
@@ -207,7 +222,7 @@ class Bench:
         clock: Clock,
         but: str = "",
         precisions: tuple[str, ...] = (),
-    ) -> list[dict[str, Any]]:
+    ) -> Rows:
         asked = [p for p in precisions or self._precisions(run.device) if p != but]
         sizes = self._sizes(run.device)
         modes = self._modes(run) if part == "generation" else (None,)
@@ -216,12 +231,8 @@ class Bench:
         ]
         if part != "generation" and self._compiles(run.device):
             settings += [self._setting(p, max(sizes), compiled=True) for p in asked]
-        rows = []
         for setting in settings:
-            rows.append(measure(run, clock, setting))
-            run.say(brief(part, rows[-1]))
-        add_ratios(rows)
-        return rows
+            yield part, measure(run, clock, setting)
 
     def _setting(self, precision: str, size: int, **how: Any) -> Setting:
         how = {"profile": self.params.profile, **how}
