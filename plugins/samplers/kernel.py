@@ -1,8 +1,9 @@
 """Top-k and top-p as one Triton kernel: a row of logits is read once and stays in registers.
 
 The one idea to hold: float32 is ordered as its bits are, as soon as those of negative numbers and
-the sign are flipped. So the least logit to keep is found bit by bit from the highest, with one sum
-over the row for each; sums are of whole numbers, so it keeps what the search in torch keeps.
+the sign are flipped. So the least logit to keep is found bit by bit from the highest that is open,
+with one sum over the row for each, until it is clear which ids stay: about 13 sums for top-k and as
+many for top-p, of 32. They are of whole numbers, so it keeps what the search in torch keeps.
 
 Imported only for logits on a GPU: triton takes its time, and is not there on every platform.
 """
@@ -93,16 +94,22 @@ def _rows(
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)  # -0.0 counts as 0.0
     bits = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    bits = tl.where(kept, bits, 0)  # less than what any logit has
+    last = tl.max(bits, 0)
+    least = tl.full([], 0, tl.uint32)
+    number = tl.full([], V, tl.int32)
     if TOP_K < V:
-        kept &= bits >= _least(bits, 1, TOP_K)
+        least, number = _least(bits, None, TOP_K, least, number, last, TOP_K)
     if TOP_P < 1:
+        kept &= bits >= least  # all that reaches a trial is kept by top-k, since that is greater
         if masses is None:  # bit by bit what `_masses` finds, hence not the faster `tl.exp`
             counts = (libdevice.exp(x - greatest) * _MASS).to(tl.int64)
         else:
             counts = tl.load(masses + here, ids < V, 0)
         counts = tl.where(kept, counts, 0)
         enough = tl.sum(counts, 0).to(tl.float64) * tl.full([], TOP_P, tl.float64)
-        kept &= bits >= _least(bits, counts, enough)
+        least, number = _least(bits, counts, enough, least, number, last, 1)
+    kept &= bits >= least
     if noise is None:
         tl.store(out + here, tl.where(kept, x, -float("inf")), ids < V)
     else:
@@ -111,13 +118,39 @@ def _rows(
 
 
 @triton.jit
-def _least(bits, counts, enough):
-    """The greatest bits such that the ids that reach them count enough together."""
-    found = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 2147483648, tl.uint32)
-    for _ in range(32):
-        trial = found | bit
-        count = tl.sum(tl.where(bits >= trial, counts, 0), 0)
-        found = tl.where(count.to(tl.float64) >= enough, trial, found)
-        bit = bit >> 1
-    return found
+def _least(bits, counts, enough, first, number, last, FEWEST: tl.constexpr):  # noqa: N803
+    """Bits that just those ids reach that are kept, and how many they are.
+
+    Kept is what reaches the greatest bits from `first`, which `number` ids reach, to `last` such
+    that ids that reach them count `enough` together, each 1 without `counts`; never fewer than
+    `FEWEST`.
+    """
+    beyond = tl.full([], 0, tl.int32)
+    # Of ids that reach `first`, `beyond` are greater than `last`, which is not enough: where one
+    # more is left, that one is kept; where `FEWEST` are, all are.
+    while (first < last) & (number > FEWEST) & (number - beyond > 1):
+        below = first ^ last
+        below |= below >> 1
+        below |= below >> 2
+        below |= below >> 4
+        below |= below >> 8
+        below |= below >> 16
+        below = below >> 1  # all bits below the highest in which the two differ
+        trial = (last | below) ^ below
+        reached = (bits >= trial).to(tl.int32)
+        if counts is None:
+            reaching = tl.sum(reached, 0)
+            suffices = reaching >= enough
+        else:
+            mass, reaching = tl.reduce((tl.where(reached > 0, counts, 0), reached), 0, _add)
+            suffices = mass.to(tl.float64) >= enough
+        first = tl.where(suffices, trial, first)
+        number = tl.where(suffices, reaching, number)
+        last = tl.where(suffices, last, trial - 1)
+        beyond = tl.where(suffices, beyond, reaching)
+    return first, number
+
+
+@triton.jit
+def _add(mass, number, more_mass, more):
+    return mass + more_mass, number + more

@@ -28,10 +28,30 @@ def kinds_of_rows(rows, v, rng):
     return [3 * smooth, (smooth * 8).round() / 8, 100 * smooth, smooth / 999, 0 * smooth - 7, odd]
 
 
+def rows_that_end_early_or_late(rows, v, rng):
+    """What is clear after one sum, or only after the last bit; and masses that are equal."""
+    device = rng.device
+    smooth = torch.randn(rows, v, device=device, generator=rng)
+    one, few = torch.ones_like(smooth), (smooth * 2).round()
+    near = torch.where(smooth > 0, one, torch.nextafter(one, 2 * one))
+    alone = torch.arange(v, device=device) == v // 3
+    pairs = torch.arange(v, device=device) // 2 - v / 5
+    shuffled = torch.rand(rows, v, device=device, generator=rng).argsort(dim=-1)
+    hidden = torch.where(smooth > 0.5, smooth, -torch.inf)
+    hidden[:, v // 2] = -40.0
+    return [
+        *(near, -near, near - 1, few * 2e-45),  # neighbours, and what is less than normal
+        *(torch.where(alone, value, one) for value in (9.0, 0.0, -torch.inf)),
+        *(pairs[shuffled], -(2.0 ** pairs[shuffled].abs()), smooth.bfloat16().float(), hidden),
+    ]
+
+
 INTERPRETED = """
 import torch
 from sandbox_plugins.samplers import kernel
-from test_samplers_kernel import _masses, kinds_of_rows, raced, search
+from test_samplers_kernel import (
+    _masses, kinds_of_rows, raced, rows_that_end_early_or_late, search
+)
 
 rng = torch.Generator().manual_seed(0)
 for v, tops in {5: [(2, 0.6), (0, 0.9)], 97: [(30, 1 - 1e-9), (97, 0.5), (1, 1.0)]}.items():
@@ -41,6 +61,11 @@ for v, tops in {5: [(2, 0.6), (0, 0.9)], 97: [(30, 1 - 1e-9), (97, 0.5), (1, 1.0
         for top in tops:
             assert torch.equal(kernel.narrow(logits, *top, masses), search(logits, *top)), top
         assert torch.equal(kernel.draw(logits, noise, *top, masses), raced(logits, noise, *top))
+for v, tops in {6: [(1, 0.5), (5, 0.9), (0, 0.5)], 24: [(7, 0.96), (23, 1e-9), (0, 0.8)]}.items():
+    for logits in rows_that_end_early_or_late(1, v, rng):
+        masses = _masses(logits)
+        for top in tops:
+            assert torch.equal(kernel.narrow(logits, *top, masses), search(logits, *top)), top
 print("agreed")
 """
 
@@ -94,8 +119,8 @@ def assert_same_rows(logits, top, masses=None):
 @pytest.mark.parametrize("v", [1, 2, 3, 33, 500, 512, 1024, 4095, 4096, 5000, 16384])
 @pytest.mark.parametrize("loaded", [False, True])
 def test_a_gpu_keeps_what_the_search_keeps_odd_rows_included(v, loaded):
-    for logits in kinds_of_rows(13, v, rng()):
-        for top in [*TOPS, (v - 1, 0.9), (v, 0.9)]:
+    for logits in kinds_of_rows(13, v, rng()) + rows_that_end_early_or_late(13, v, rng()):
+        for top in [*TOPS, (v - 1, 0.9), (v, 0.9), (2, 0.5), (v // 2, 0.5)]:
             assert_same_rows(logits, top, _masses(logits) if loaded else None)
 
 
