@@ -8,12 +8,11 @@ raster without one, where each step computes all tokens before it anew. No guida
 decoder. Theory (arXiv 2404.02905, appendix D) counts attention alone: n^4 for next-scale, n^6 for
 raster without a cache. Linear layers are two powers less, and lead until a token sees about six
 times as many tokens as the model is wide; so the share of either in the FLOPs stands beside every
-time. Keeps `growth.json` and `growth.png`, and prints a table and the exponents: slopes of a
-straight line through log(value) over log(n), and of its last piece.
+time. Keeps `growth.json`, row by row, and `growth.png`, and prints a table and the exponents:
+slopes of a straight line through log(value) over log(n), and of its last piece.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sandbox import Layout, Mask, Part, Tokens, device_name
+from sandbox import Layout, Mask, Part, Tokens, device_name, write_json
 from sandbox_plugins.attention import SdpaAttention
 from sandbox_plugins.schedules import Geometric
 from sandbox_plugins.tasks.bench.clock import Clock, attempt, forget_peak, peak_bytes
@@ -266,13 +265,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/growth"))
     options = parser.parse_args()
     options.resolutions = sorted(options.resolutions)
-    found = []
-    for row in rows(options):
-        found.append(row)
-        print(f"{row['way']}, {row['resolution_px']} px: {row.get('seconds', row['status'])}")
-    ways = summary(found)
-    device = device_name(torch.device(options.device))
+    device, found = device_name(torch.device(options.device)), list[dict[str, Any]]()
     kept = {
+        "complete": False,
         "device": device,
         "torch": torch.__version__,
         "settings": {key: value for key, value in vars(options).items() if key != "out"},
@@ -280,10 +275,15 @@ def main() -> None:
         "what was held before (weights and contexts); raster without a cache: some of its steps, "
         "evenly spaced, times how many there are; FLOPs of the blocks' matrix products",
         "rows": found,
-        "ways": ways,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "growth.json").write_text(json.dumps(kept, indent=2) + "\n")
+    for row in rows(options):
+        found.append(row)
+        said = row.get("seconds", row["status"])
+        print(f"{row['way']}, {row['resolution_px']} px: {said}", flush=True)
+        kept["complete"] = len(found) == len(options.ways) * len(options.resolutions)
+        kept["ways"] = ways = summary(found)
+        write_json(options.out / "growth.json", kept)
     title = f"width {options.width}, depth {options.depth}, batch {options.batch_size}, {device}"
     plot(options.out / "growth.png", found, ways, title)
     print(f"\n{table(found, ways)}\n\n{options.out}/growth.json, growth.png")

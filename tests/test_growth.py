@@ -83,9 +83,28 @@ def test_a_tiny_run_keeps_numbers_table_and_picture(growth, tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", command)
     growth.main()
     found = json.loads((out / "growth.json").read_text())
+    assert found["complete"] is True
     where = [(row["way"], row["resolution_px"]) for row in found["rows"]]
     assert where == [(way, px) for way in growth.THEORY for px in (32, 64)]
     assert all(row["status"] == "ok" and row["seconds"] > 0 for row in found["rows"])
     assert all(way["seconds"]["fitted"] for way in found["ways"].values())
     assert (out / "growth.png").stat().st_size > 1000
     assert "| raster, no cache | 64 | 16 | 136 |" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_keeps_its_rows(growth, tmp_path, monkeypatch):
+    measured = growth.measured
+
+    def stopped(way, cells, *others):
+        if way == "raster, no cache":
+            raise KeyboardInterrupt
+        return measured(way, cells, *others)
+
+    words = "--device cpu --precision float32 --resolutions 32 --width 32 --depth 1 --repeats 1"
+    monkeypatch.setattr("sys.argv", [str(PATH), *words.split(), "--out", str(tmp_path)])
+    monkeypatch.setattr(growth, "measured", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        growth.main()
+    found = json.loads((tmp_path / "growth.json").read_text())
+    assert found["complete"] is False and list(found["ways"]) == ["next-scale", "raster"]
+    assert [row["way"] for row in found["rows"]] == ["next-scale", "raster"]
