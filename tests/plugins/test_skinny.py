@@ -52,6 +52,7 @@ def assert_normed(skinny, dtype, b, n, d, num_out, gelu, device="cpu"):
     found = skinny.normed_linear(x, six[4], six[2], weight, bias, gelu)
     assert_close(found, exact, dtype)
     assert torch.equal(found, skinny.normed_linear(x, six[4], six[2], weight, bias, gelu))
+    assert_close(skinny.linear(normed, weight, bias, gelu), exact, dtype)
 
 
 def assert_gated(skinny, dtype, b, n, heads, e, d, device="cpu"):
@@ -126,6 +127,9 @@ for args in [(x, shift, shift, up[:200], bias[:200]), (x, shift, shift[:1], up, 
              (x[:, :0], shift, shift, up, bias)]:
     with pytest.raises(ValueError, match="no product of"):
         skinny.normed_linear(*args)
+for args in [(x, up, bias.half()), (x[..., :64], up, bias), (x[:, :0], up, bias)]:
+    with pytest.raises(ValueError, match="no product of"):
+        skinny.linear(*args)
 with pytest.raises(ValueError, match="no product of"):
     skinny.gated_linear(x[:, None], up, bias, shift, x)
 spoilt = x.clone()
@@ -253,7 +257,7 @@ def test_a_recording_gives_what_it_was_recorded_of_again_and_again():
 @pytest.mark.gpu
 def test_one_build_is_for_all_steps_of_a_plan():
     skinny = the_kernels(torch.bfloat16, 16, 2, 128)
-    kernels = skinny._normed_linear, skinny._gated_linear
+    kernels = skinny.kernels.normed_linear, skinny.kernels.gated_linear
     built = lambda: [sum(len(each[0]) for each in k.device_caches.values()) for k in kernels]  # noqa: E731
     before = built()
     for b, n in [(1, 1), (2, 1), (2, 4), (1, 16), (16, 1)]:

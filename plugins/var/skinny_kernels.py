@@ -1,0 +1,149 @@
+"""The two Triton kernels of `skinny`, as their programs run on a GPU.
+
+The one idea to hold: a program owns a few output channels and streams their weights once.
+"""
+
+import triton
+import triton.language as tl
+
+from .blocks import LAYER_NORM_EPS
+from .few import CHUNK
+
+_EPS = tl.constexpr(LAYER_NORM_EPS)
+_CHUNK = tl.constexpr(CHUNK)
+_TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "n"])  # one build for all steps of a plan
+def normed_linear(
+    x,
+    shift,
+    scale,
+    weight,
+    bias,
+    out,
+    num_tokens,
+    n,
+    shift_stride,
+    scale_stride,
+    D: tl.constexpr,  # noqa: N803
+    OUT: tl.constexpr,  # noqa: N803
+    GELU: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    CHANNELS: tl.constexpr,  # noqa: N803
+    STEP: tl.constexpr,  # noqa: N803
+):
+    """A few output channels of all tokens; without shift and scale these are normed already."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    row = tl.arange(0, ROWS)[None, :]
+    there = row < num_tokens
+    image = row // n
+    product = tl.zeros([CHANNELS, ROWS], tl.float32)
+    product += tl.load(bias + channel).to(tl.float32)[:, None]
+    read = x + row * D
+    if shift is not None:
+        # One pass over sums and squares: numbers of 16 bits with a mean so much greater than their
+        # spread that float32 would lose it have lost that spread before.
+        total = tl.zeros([_CHUNK, ROWS], tl.float32)
+        squares = tl.zeros([_CHUNK, ROWS], tl.float32)
+        for start in tl.static_range(0, D, _CHUNK):  # unrolled: all is read at once
+            part = tl.load(read + start + tl.arange(0, _CHUNK)[:, None], there, 0.0).to(tl.float32)
+            total += part
+            squares += part * part
+        mean = tl.sum(total, 0)[None, :] / D
+        variance = tl.sum(squares, 0)[None, :] / D - mean * mean
+        inverse = 1 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + _EPS)
+    for start in range(0, D, STEP):
+        own = start + tl.arange(0, STEP)
+        w = tl.load(weight + channel[:, None] * D + own[None, :])
+        own = own[:, None]
+        a = tl.load(read + own, there, 0.0)
+        if shift is not None:
+            gain = 1 + tl.load(scale + image * scale_stride + own, there, 0.0).to(tl.float32)
+            moved = tl.load(shift + image * shift_stride + own, there, 0.0).to(tl.float32)
+            a = ((a.to(tl.float32) - mean) * inverse * gain + moved).to(w.dtype)
+        product = tl.dot(w, a, product)
+    if GELU:
+        steep = _TWICE_ROOT * (product + 0.044715 * product * product * product)
+        product = product / (1 + tl.exp(-steep))
+    tl.store(out + row * OUT + channel[:, None], product.to(out.dtype.element_ty), there)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "n"])  # one build for all steps of a plan
+def gated_linear(
+    y,
+    weight,
+    bias,
+    gate,
+    residual,
+    out,
+    partial,
+    arrived,
+    num_tokens,
+    n,
+    image_stride,
+    head_stride,
+    token_stride,
+    gate_stride,
+    HEADS: tl.constexpr,  # noqa: N803
+    E: tl.constexpr,  # noqa: N803
+    OUT: tl.constexpr,  # noqa: N803
+    SPLITS: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    CHANNELS: tl.constexpr,  # noqa: N803
+    STEP: tl.constexpr,  # noqa: N803
+):
+    """A few output channels of all tokens, or a part of their sums.
+
+    Whoever is the last to have its part adds them all, always in the same order.
+    """
+    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLITS
+    channel = tile * CHANNELS + tl.arange(0, CHANNELS)
+    row = tl.arange(0, ROWS)
+    there = row[None, :] < num_tokens
+    read = y + (row // n * image_stride + row % n * token_stride)[None, :]
+    product = tl.zeros([CHANNELS, ROWS], tl.float32)
+    for start in range(0, HEADS * E // SPLITS, STEP):
+        own = split * (HEADS * E // SPLITS) + start + tl.arange(0, STEP)
+        w = tl.load(weight + channel[:, None] * (HEADS * E) + own[None, :])
+        if HEADS > 1:
+            own = own // E * head_stride + own % E
+        product = tl.dot(w, tl.load(read + own[:, None], there, 0.0), product)
+    if SPLITS == 1:
+        _add(product, bias, gate, residual, out, channel, row, num_tokens, n, gate_stride, OUT)
+    else:
+        held = tl.arange(0, CHANNELS)[:, None] * ROWS + row[None, :]
+        parts = partial + tile * (SPLITS * CHANNELS * ROWS) + held
+        tl.store(parts + split * (CHANNELS * ROWS), product)
+        tl.debug_barrier()  # all of it is stored before it is counted
+        if tl.atomic_add(arrived + tile, 1) == SPLITS - 1:
+            product = tl.zeros([CHANNELS, ROWS], tl.float32)
+            for each in tl.static_range(SPLITS):
+                product += tl.load(parts + each * (CHANNELS * ROWS), cache_modifier=".cg")
+            tl.store(arrived + tile, 0)
+            _add(product, bias, gate, residual, out, channel, row, num_tokens, n, gate_stride, OUT)
+
+
+@triton.jit
+def _add(
+    product,
+    bias,
+    gate,
+    residual,
+    out,
+    channel,
+    row,
+    num_tokens,
+    n,
+    gate_stride,
+    OUT: tl.constexpr,  # noqa: N803
+):
+    """Store the residual and the gated product with its bias."""
+    channel, row = channel[:, None], row[None, :]
+    there = row < num_tokens
+    own = row * OUT + channel
+    product += tl.load(bias + channel).to(tl.float32)
+    product *= tl.load(gate + row // n * gate_stride + channel, there, 0.0).to(tl.float32)
+    product += tl.load(residual + own, there, 0.0).to(tl.float32)
+    tl.store(out + own, product.to(out.dtype.element_ty), there)
