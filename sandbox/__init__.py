@@ -28,6 +28,7 @@ _HOME = {
         "TrainableTokenizer",
     ],
     "judges": ["Adversary", "ImageLoss", "Objective"],
+    "launching": ["one_by_one", "overlapping"],
     "layout": ["Layout", "Mask", "Step"],
     "checkpoint": [
         "Checkpoints",

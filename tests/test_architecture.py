@@ -18,7 +18,17 @@ TESTKIT = sorted((ROOT / "sandbox" / "testing").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeds", "layout", "pictures", "distributed", "precision", "compiler", "replay"},
+    {
+        "errors",
+        "seeds",
+        "layout",
+        "pictures",
+        "distributed",
+        "precision",
+        "compiler",
+        "launching",
+        "replay",
+    },
     {"values", "parts", "hooks"},
     {"interfaces", "judges", "registry"},
     {"checkpoint", "loading", "sampling", "rendering", "plugins", "task", "provenance", "describe"},

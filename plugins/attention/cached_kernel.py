@@ -15,6 +15,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+import sandbox
+
 FILL = 128
 """Programs that keep a GPU busy, about one a multiprocessor: below it, tiles get smaller."""
 FEWEST, MOST = 16, 128
@@ -51,6 +53,7 @@ def attend(
             queries,
             keys,
             p <= keys,
+            **sandbox.overlapping(q.device),
             num_warps=warps,
             num_stages=2,
         )
@@ -101,8 +104,12 @@ def _attend(
     QUERIES: tl.constexpr,  # noqa: N803
     KEYS: tl.constexpr,  # noqa: N803
     ONCE: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A tile of one head's queries; `scale` is that of a power of two."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)  # tiles of one head are neighbours, and share its keys in the cache
     row, first = program // across, program % across * QUERIES
     image, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)

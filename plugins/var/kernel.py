@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+import sandbox
+
 from .blocks import MAX_LOG_SCALE
 
 TILE = 512
@@ -52,6 +54,7 @@ def place(
             heads,
             e,
             held,
+            **sandbox.overlapping(qkv.device),
             num_warps=1,
         )
     return q.transpose(1, 2)
@@ -70,8 +73,12 @@ def _place(
     HEADS: tl.constexpr,  # noqa: N803
     E: tl.constexpr,  # noqa: N803
     HELD: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A few heads of one token."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0)
     image, turn = (token // n).to(tl.int64), start + token % n
     token = token.to(tl.int64)

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import sandbox
+
 from . import skinny_kernels as kernels
 from .few import CHUNK, LIMIT, padded
 
@@ -113,6 +115,7 @@ def _launch(
             cut.rows,
             cut.channels,
             cut.step,
+            **sandbox.overlapping(x.device),
             num_stages=cut.stages,
             num_warps=cut.warps,
         )
@@ -161,6 +164,7 @@ def gated_linear(
             cut.rows,
             cut.channels,
             cut.step,
+            **sandbox.overlapping(y.device),
             num_stages=cut.stages,
             num_warps=cut.warps,
         )

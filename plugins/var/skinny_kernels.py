@@ -1,6 +1,7 @@
 """The two Triton kernels of `skinny`, as their programs run on a GPU.
 
-The one idea to hold: a program owns a few output channels and streams their weights once.
+The one idea to hold: a program owns a few output channels and streams their weights once. These
+wait for no kernel before, so where it may start while one runs, it sends for them at once.
 """
 
 import triton
@@ -32,8 +33,13 @@ def normed_linear(
     ROWS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     STEP: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A few output channels of all tokens; without shift and scale these are normed already."""
+    if OVERLAPS:
+        _send_for(weight + tl.program_id(0) * (CHANNELS * D), D, D, CHANNELS)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)[None, :]
     there = row < num_tokens
@@ -92,6 +98,7 @@ def gated_linear(
     ROWS: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     STEP: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A few output channels of all tokens, or a part of their sums.
 
@@ -99,6 +106,11 @@ def gated_linear(
     """
     tile = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
+    if OVERLAPS:
+        first = weight + tile * (CHANNELS * HEADS * E) + split * (HEADS * E // SPLITS)
+        _send_for(first, HEADS * E, HEADS * E // SPLITS, CHANNELS)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     channel = tile * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)
     there = row[None, :] < num_tokens
@@ -147,3 +159,29 @@ def _add(
     product *= tl.load(gate + row // n * gate_stride + channel, there, 0.0).to(tl.float32)
     product += tl.load(residual + own, there, 0.0).to(tl.float32)
     tl.store(out + own, product.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _send_for(
+    weight,
+    WIDTH: tl.constexpr,  # noqa: N803
+    PART: tl.constexpr,  # noqa: N803
+    CHANNELS: tl.constexpr,  # noqa: N803
+):
+    """Start the first `PART` of each row of `WIDTH` on its way to the cache that programs share.
+
+    No number is read, so none can be read too early.
+    """
+    line: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth  # 128 bytes
+    lines: tl.constexpr = PART // line
+    for start in tl.static_range(0, CHANNELS * lines, 256):
+        turn = tl.minimum(start + tl.arange(0, 256), CHANNELS * lines - 1)
+        address = weight + turn // lines * WIDTH + turn % lines * line
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // dummy $0",
+            "=r,l",
+            [address.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

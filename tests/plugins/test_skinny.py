@@ -3,6 +3,7 @@
 Where there is no GPU, Triton's interpreter checks the arithmetic on narrow blocks.
 """
 
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ from processes import python
 from torch import nn
 from torch.nn import functional as F
 
+import sandbox
 from sandbox import Mask
+from sandbox_plugins.attention import CachedAttention
 from sandbox_plugins.attention.plain import SdpaAttention
 from sandbox_plugins.var import blocks, copies, few
 from sandbox_plugins.var.blocks import Block
@@ -252,6 +255,52 @@ def test_a_recording_gives_what_it_was_recorded_of_again_and_again():
         found.zero_()
         graph.replay()
         assert torch.equal(found, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1024, 1920])
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (2, 4), (2, 9), (2, 25)])
+def test_kernels_that_overlap_give_bit_for_bit_what_they_give_one_by_one(width, batch, n):
+    from sandbox_plugins.var import kernel
+
+    if not sandbox.overlapping(torch.device("cuda"))["OVERLAPS"]:
+        pytest.skip("kernels of this GPU, or of this Triton, do not overlap")
+    heads, span = width // 64, slice(3, 3 + n)
+    skinny = the_kernels(torch.bfloat16, batch * n, heads, width)
+    rng = torch.Generator("cuda").manual_seed(0)
+    made = lambda *shape: torch.randn(*shape, generator=rng, device="cuda").bfloat16()  # noqa: E731
+    block = block_of(width, heads, 4 * width, torch.bfloat16, "cuda")
+    block.attn.backend = CachedAttention(CachedAttention.Params())
+    blocks = [copy.deepcopy(block) for _ in range(4)]
+    for parameter in (p for each in blocks for p in each.parameters() if p.ndim == 2):
+        parameter.normal_(std=width**-0.5, generator=rng)  # other weights, so other places to read
+    layers = [Layer(each, made(batch, 1, 6, width), each.attn.bias().bfloat16()) for each in blocks]
+    x = made(batch, n, width)
+
+    def chain(caches):
+        y = x.clone()  # no kernel comes before the first one of ours
+        for layer, past in [*zip(layers, caches, strict=True)] * 3:
+            y = F.layer_norm(of_few(layer, y, past, span, kernel, skinny), (width,))
+        for layer, past in [*zip(layers, caches, strict=True)] * 2:  # none but ours
+            y = of_few(layer, y, past, span, kernel, skinny)
+        return y
+
+    graph, caches = torch.cuda.CUDAGraph(), [made(2, batch, heads, 64, 64) for _ in layers]
+    apart = [past.clone() for past in caches]
+    with torch.inference_mode():
+        with sandbox.one_by_one():
+            chain(apart)
+        chain(caches)  # builds all that is recorded
+        with torch.cuda.graph(graph):
+            found = chain(caches)
+        for _ in range(50):
+            x.normal_(generator=rng)
+            with sandbox.one_by_one():
+                expected = chain(apart)
+            graph.replay()
+            assert expected.isfinite().all() and torch.equal(found, expected)
+            for one, other in zip(caches, apart, strict=True):
+                assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

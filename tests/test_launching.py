@@ -1,0 +1,108 @@
+"""Kernels overlap where they can and may, and each waits before it touches memory."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+import sandbox
+from sandbox import launching
+
+HOPPER = torch.device("cuda", 7)
+APART = {"OVERLAPS": False}
+
+
+@pytest.fixture
+def capability(monkeypatch):
+    """Set what the GPU is said to be."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    launching._able.cache_clear()
+    yield lambda *found: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found)
+    launching._able.cache_clear()
+
+
+def test_kernels_overlap_on_gpus_that_can_unless_they_are_wanted_one_by_one(capability):
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    capability(9, 0)
+    together = {"OVERLAPS": True, "launch_pdl": True}
+    assert sandbox.overlapping(HOPPER) == together
+    with sandbox.one_by_one():
+        with sandbox.one_by_one():
+            assert sandbox.overlapping(HOPPER) == APART
+        assert sandbox.overlapping(HOPPER) == APART
+    assert sandbox.overlapping(HOPPER) == together
+    assert sandbox.overlapping(torch.device("cpu")) == APART
+
+
+def test_older_gpus_and_other_makers_do_without(capability, monkeypatch):
+    capability(8, 9)
+    assert sandbox.overlapping(HOPPER) == APART
+    launching._able.cache_clear()
+    capability(9, 4)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert sandbox.overlapping(HOPPER) == APART
+
+
+@pytest.mark.parametrize("missing", ["triton", "triton.language.extra.cuda"])
+def test_a_triton_that_knows_nothing_of_it_does_without(capability, monkeypatch, missing):
+    capability(9, 0)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert sandbox.overlapping(HOPPER) == APART
+
+
+def test_interpreted_kernels_do_without(capability, monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton is not there on this platform")
+    capability(9, 0)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert sandbox.overlapping(HOPPER) == APART
+
+
+def kernels():
+    """Each with its constants, and what its other arguments are that are no whole numbers."""
+    from sandbox_plugins.attention import cached_kernel
+    from sandbox_plugins.var import kernel, skinny_kernels
+
+    halves = lambda names: dict.fromkeys(names.split(), "*bf16")  # noqa: E731
+    few = {"ROWS": 16, "CHANNELS": 16, "STEP": 128, "OUT": 128}
+    few_in, few_out = {**few, "D": 256, "GELU": True}, {**few, "HEADS": 4, "E": 128}
+    normed, gated = (
+        halves("x shift scale weight bias out"),
+        halves("y weight bias gate residual out"),
+    )
+    sums = {"partial": "*fp32", "arrived": "*i32"}
+    yield skinny_kernels.normed_linear, few_in, normed
+    yield skinny_kernels.normed_linear, {**few_in, "shift": None, "scale": None}, normed
+    yield skinny_kernels.gated_linear, {**few_out, "SPLITS": 2}, {**gated, **sums}
+    yield skinny_kernels.gated_linear, {**few_out, "SPLITS": 1, **dict.fromkeys(sums)}, gated
+    placed = {**halves("qkv queries past"), "log_scale": "*fp32"}
+    yield kernel._place, {"HEADS": 2, "E": 32, "HELD": 2}, placed
+    for once in (True, False):
+        seen = {"E": 32, "QUERIES": 16, "KEYS": 32, "ONCE": once}
+        yield cached_kernel._attend, seen, {**halves("q k v out"), "scale": "fp32"}
+
+
+def ptx(kernel, constants, types):
+    """What is built of it for Hopper."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    constants = {**constants, "OVERLAPS": True}
+    types = {
+        **dict.fromkeys(kernel.arg_names, "i32"),
+        **types,
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": 4, "num_stages": 4, "launch_pdl": True}
+    return compile(ASTSource(kernel, types, values), GPUTarget("cuda", 90, 32), options).asm["ptx"]
+
+
+def test_what_is_built_waits_before_it_touches_memory(monkeypatch, tmp_path):
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    touches = re.compile(r"\b(ld|st|atom|red)\.[\w.:]*global|\bcp\.async|\bbra\b|\bret\b")
+    for kernel, *how in kernels():
+        before, after = ptx(kernel, *how).split("griddepcontrol.wait;")  # once, in all programs
+        assert not touches.search(before) and touches.search(after), kernel
+        assert "griddepcontrol.launch_dependents;" in before
