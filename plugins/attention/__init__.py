@@ -13,6 +13,7 @@ from .cached import CachedAttention
 from .kernels import CudnnAttention, FlexAttention, XformersAttention
 from .plain import MathAttention, SdpaAttention
 from .prefix import PrefixAttention
+from .steps import StepsAttention
 
 __all__ = [
     "AutoAttention",
@@ -22,6 +23,7 @@ __all__ = [
     "MathAttention",
     "PrefixAttention",
     "SdpaAttention",
+    "StepsAttention",
     "XformersAttention",
 ]
 
@@ -37,5 +39,6 @@ def sandbox_register(register: Any) -> None:
         "xformers": XformersAttention,
         "flex": FlexAttention,
         "cached": CachedAttention,
+        "steps": StepsAttention,
     }.items():
         register(sandbox.AttentionBackend, name, cls)

@@ -19,6 +19,7 @@ from .measuring import fastest
 from .picks import settled
 from .plain import Attention, SdpaAttention, request_of
 from .prefix import LARGE, PrefixAttention
+from .steps import StepsAttention
 
 UNMEASURED = "sdpa"
 """What is taken where nothing was measured; it honours every call."""
@@ -31,6 +32,7 @@ CANDIDATES: dict[str, type[Attention]] = {
     "xformers": XformersAttention,
     "flex": FlexAttention,
     "cached": CachedAttention,
+    "steps": StepsAttention,
 }
 HANDED_ON = {"full": ("flex", "prefix"), "causal": ("flex", "prefix"), "dense": ("prefix",)}
 """Kinds of mask that backends leave to another one, or for which others have kernels of their own.
