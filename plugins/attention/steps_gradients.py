@@ -107,26 +107,53 @@ def _pull_queries(
     whole = tl.load(ends + tl.maximum(first, 0)) // KEYS * KEYS
     stop = tl.load(ends + first + QUERIES - 1)
     q += image * q_image + head * q_head + first.to(tl.int64) * q_turn
-    k += image * k_image + head * k_head + keys[:, None] * k_turn + channels
-    v += image * v_image + head * v_head + keys[:, None] * v_turn + channels
-    own = ((image * n + first) * heads + head) * E + queries[:, None] * (heads * E) + channels
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    k_own, v_own = keys[:, None] * k_turn + channels, keys[:, None] * v_turn + channels
+    own, place = queries[:, None] * (heads * E) + channels, ((image * n + first) * heads + head) * E
     asked = rows(q + queries[:, None] * q_turn + channels, there, True)
-    pull = rows(dout + own, there, True)
-    seen = rows(out + own, there, True)
+    pull = rows(dout + place + own, there, True)
+    seen = rows(out + place + own, there, True)
     delta = tl.sum(seen.to(tl.float32) * pull.to(tl.float32), 1)
     measured = row.to(tl.int64) * n + first + queries
     tl.store(deltas + measured, delta, there)
     known = tl.load(sums + measured, there, 0.0)
     slope = tl.zeros([QUERIES, E], tl.float32)
     for at in range(0, whole, KEYS):
-        slope = _pulled(asked, pull, k, v, at + keys, stop, end, known, delta, scale, slope, False)
+        slope = _pulled(
+            asked,
+            pull,
+            k + k_own,
+            v + v_own,
+            at + keys,
+            stop,
+            end,
+            known,
+            delta,
+            scale,
+            slope,
+            False,
+        )
         k += KEYS * k_turn
         v += KEYS * v_turn
     for at in range(whole, stop, KEYS):
-        slope = _pulled(asked, pull, k, v, at + keys, stop, end, known, delta, scale, slope, True)
+        slope = _pulled(
+            asked,
+            pull,
+            k + k_own,
+            v + v_own,
+            at + keys,
+            stop,
+            end,
+            known,
+            delta,
+            scale,
+            slope,
+            True,
+        )
         k += KEYS * k_turn
         v += KEYS * v_turn
-    tl.store(dq + own, slope * scale, there[:, None])
+    tl.store(dq + place + own, slope * scale, there[:, None])
 
 
 @triton.jit
@@ -202,8 +229,8 @@ def _pull_keys(
     near = rows(k + keys[:, None] * k_turn + channels, there, True)
     values = rows(v + keys[:, None] * v_turn + channels, there, True)
     q += image * q_image + head * q_head + begin.to(tl.int64) * q_turn
-    q += queries[:, None] * q_turn + channels
-    dout += ((image * n + begin) * heads + head) * E + queries[:, None] * (heads * E) + channels
+    dout += ((image * n + begin) * heads + head) * E
+    q_own, own = queries[:, None] * q_turn + channels, queries[:, None] * (heads * E) + channels
     sums += row.to(tl.int64) * n
     deltas += row.to(tl.int64) * n
     key_slope = tl.zeros([KEYS, E], tl.float32)
@@ -212,8 +239,8 @@ def _pull_keys(
         key_slope, value_slope = _pulling(
             near,
             values,
-            q,
-            dout,
+            q + q_own,
+            dout + own,
             sums,
             deltas,
             at + queries,
@@ -229,8 +256,8 @@ def _pull_keys(
         key_slope, value_slope = _pulling(
             near,
             values,
-            q,
-            dout,
+            q + q_own,
+            dout + own,
             sums,
             deltas,
             at + queries,
@@ -242,9 +269,9 @@ def _pull_keys(
         )
         q += QUERIES * q_turn
         dout += QUERIES * heads * E
-    own = ((image * n + first) * heads + head) * E + keys[:, None] * (heads * E) + channels
-    tl.store(dk + own, key_slope * scale, there[:, None])
-    tl.store(dv + own, value_slope, there[:, None])
+    own, place = keys[:, None] * (heads * E) + channels, ((image * n + first) * heads + head) * E
+    tl.store(dk + place + own, key_slope * scale, there[:, None])
+    tl.store(dv + place + own, value_slope, there[:, None])
 
 
 @triton.jit

@@ -34,6 +34,8 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+    """The most of a thread, where one more program then fits beside it on a multiprocessor."""
 
 
 class Tiles(NamedTuple):
@@ -44,9 +46,9 @@ class Tiles(NamedTuple):
     keys: Tile
 
 
-NARROW = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3))
-WIDE = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
-FULL = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2))
+NARROW = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 168))
+WIDE = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
+FULL = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
 
 
 def tiles(e: int, dtype: torch.dtype) -> Tiles:
@@ -113,6 +115,7 @@ def run(
             tile.keys,
             num_warps=tile.warps,
             num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
 
 
@@ -151,8 +154,9 @@ def _look(
     whole = tl.load(ends + tl.maximum(first, 0)) // KEYS * KEYS  # all queries see all keys so far
     stop = tl.load(ends + first + QUERIES - 1)
     q += image * q_image + head * q_head + first.to(tl.int64) * q_turn
-    k += image * k_image + head * k_head + keys[:, None] * k_turn + channels
-    v += image * v_image + head * v_head + keys[:, None] * v_turn + channels
+    k += image * k_image + head * k_head
+    v += image * v_image + head * v_head
+    k_own, v_own = keys[:, None] * k_turn + channels, keys[:, None] * v_turn + channels
     asked = rows(q + queries[:, None] * q_turn + channels, there, True)
     greatest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -160,13 +164,13 @@ def _look(
     scale *= LOG2E
     for at in range(0, whole, KEYS):
         greatest, total, seen = _weigh(
-            asked, k, v, at + keys, stop, end, scale, greatest, total, seen, False
+            asked, k + k_own, v + v_own, at + keys, stop, end, scale, greatest, total, seen, False
         )
         k += KEYS * k_turn
         v += KEYS * v_turn
     for at in range(whole, stop, KEYS):
         greatest, total, seen = _weigh(
-            asked, k, v, at + keys, stop, end, scale, greatest, total, seen, True
+            asked, k + k_own, v + v_own, at + keys, stop, end, scale, greatest, total, seen, True
         )
         k += KEYS * k_turn
         v += KEYS * v_turn

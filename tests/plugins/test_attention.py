@@ -19,6 +19,7 @@ from sandbox_plugins.attention import (
     MathAttention,
     PrefixAttention,
     SdpaAttention,
+    StepsAttention,
     XformersAttention,
     kernels,
     prefix,
@@ -29,7 +30,7 @@ foreign_warnings = pytest.mark.filterwarnings("default")
 
 OTHERS = [
     *(AutoAttention, SdpaAttention, CudnnAttention),
-    *(PrefixAttention, FlexAttention, XformersAttention, CachedAttention),
+    *(PrefixAttention, FlexAttention, XformersAttention, CachedAttention, StepsAttention),
 ]
 
 
@@ -214,8 +215,8 @@ ON_CUDA = {
     "dense": (ODD, 29, 37),
 }
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 5e-3}
-MAY_REFUSE = {"cudnn", "xformers", "cached"}
-"""What depends on the GPU, and on what was built for it; or is for drawing alone."""
+MAY_REFUSE = {"cudnn", "xformers", "cached", "steps"}
+"""What depends on the GPU, and on what was built for it; or is for one kind of mask alone."""
 
 
 @pytest.fixture
