@@ -1,17 +1,19 @@
-"""What a block's products cost with few tokens: compiled halves against kernels of their own.
+"""What a block's products cost with few tokens: the library's against kernels of their own.
 
     python benchmarks/skinny.py --widths 1024 --tokens 2 8 18 32 50
 
 A row is a width and the tokens of two images in all. Prints microseconds a block, the median of
 `--repeats` replays of one CUDA graph over `--blocks` blocks, whose weights are too many to stay in
-a GPU's cache, as in a generation. First all that a block does beside attention, in both ways; then
-each product by itself, as `F.linear` and with all that its kernel does besides. Kernels of their
-own are for 64 tokens at most. `--compile-for` seconds after the start no more rows are compiled.
+a GPU's cache, as in a generation. First all that a block does beside attention: `library`, its
+products and a kernel between two of them; `own`, kernels that do what stands beside a product
+within; `own, before`, the same with the norm as a kernel before; `own, apart`, as `own`, but no
+kernel starts before the last one's end. Then each product by itself: as `F.linear`, by its kernel
+with all that this does besides, and (where there is a norm) of what is normed already. Kernels of
+their own are for 64 tokens at most.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,10 +25,15 @@ import sandbox
 from sandbox_plugins.attention.plain import SdpaAttention
 from sandbox_plugins.var import few
 from sandbox_plugins.var.blocks import Block
-from sandbox_plugins.var.pieces import Layer
-from sandbox_plugins.var.pieces import compiled as pieces
+from sandbox_plugins.var.fused import linear_gelu
 
-PRODUCTS = "qkv", "proj", "fc1", "fc2"
+WHOLE = "library", "own", "own, before", "own, apart"
+PRODUCTS = {
+    "qkv": ("linear", "own", "normed"),
+    "proj": ("linear", "own"),
+    "fc1": ("linear", "own", "normed"),
+    "fc2": ("linear", "own"),
+}
 
 
 def main() -> None:
@@ -36,24 +43,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[2, 8, 18, 32, 50, 64, 72, 128])
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--compile-for", type=float, default=35)
     options = parser.parse_args()
     if torch.device(options.device).type != "cuda":
         print("these kernels need a GPU: --device cuda")
         return
     print(f"bfloat16, {torch.cuda.get_device_name()}, torch {torch.__version__}, microseconds")
     print()
-    named = [f"{name}, {way}" for name in PRODUCTS for way in ("linear", "own")]
-    print("|", " | ".join(["width", "tokens", "compiled", "own", *named]), "|")
-    print("|" + "---|" * (4 + len(named)))
-    started = time.perf_counter()
+    named = [*WHOLE, *(f"{name}, {way}" for name, ways in PRODUCTS.items() for way in ways)]
+    print("|", " | ".join(["width", "tokens", *named]), "|")
+    print("|" + "---|" * (2 + len(named)))
     for width in options.widths:
-        with torch.inference_mode(), sandbox.compiling():
+        with torch.inference_mode():
             blocks = [block_of(width, options.device) for _ in range(options.blocks)]
             for tokens in options.tokens:
-                compiled = time.perf_counter() - started < options.compile_for
-                calls = ways(blocks, width, tokens, compiled, options.device)
-                times = [f"{microseconds(call, options):.1f}" if call else "-" for call in calls]
+                times = []
+                for number, call in enumerate(ways(blocks, width, tokens, options.device)):
+                    if call and named[number].endswith("apart"):
+                        with sandbox.one_by_one():
+                            times.append(f"{microseconds(call, options):.1f}")
+                    else:
+                        times.append(f"{microseconds(call, options):.1f}" if call else "-")
                 print("|", " | ".join([str(width), str(tokens), *times]), "|", flush=True)
 
 
@@ -72,10 +81,10 @@ def microseconds(call: Callable[[], object], options: argparse.Namespace) -> flo
 
 
 def ways(
-    blocks: list[Block], width: int, tokens: int, compiled: bool, device: str
+    blocks: list[Block], width: int, tokens: int, device: str
 ) -> Iterator[Callable[[], object] | None]:
     """A row's calls, each of all blocks; None for what is left out."""
-    from sandbox_plugins.var import kernel, skinny
+    from sandbox_plugins.var import gating, kernel, skinny
 
     b, n, heads = 2, tokens // 2, width // 64
 
@@ -83,51 +92,69 @@ def ways(
         return torch.randn(shape, dtype=torch.bfloat16, device=device)
 
     x, modulation, past = made(b, n, width), made(b, 1, 6, width), made(2, b, heads, n, 64)
-    seen, hidden = made(b, n, heads, 64).transpose(1, 2), made(b, 1, n, 4 * width)
+    seen, hidden = made(b, n, heads, 64).transpose(1, 2), made(b, n, 4 * width)
     gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
     biases = [block.attn.bias().bfloat16() for block in blocks]
-    layers = [Layer(block, modulation, bias) for block, bias in zip(blocks, biases, strict=True)]
-    between = pieces(dynamic=False).between
 
-    def halves() -> None:
-        for layer, following in zip(layers, layers[1:] + layers[:1], strict=True):
-            _, qkv = between(layer, following, x, seen, False)
-            kernel.place(qkv, following.block.attn.log_scale(), past, 0)
+    def place(block: Block, made: Tensor) -> None:
+        kernel.place(made, block.attn.log_scale(), past, 0)
+
+    def library(block: Block, bias: Tensor) -> None:
+        place(block, block.attn.product(x, bias))
+        _, normed = gating.gated_norm(x, (block.attn.merge(seen), gate1), shift2, scale2)
+        own = block.ffn
+        branch = own.fc2(linear_gelu(normed, own.fc1.weight, own.fc1.bias))
+        gating.gated_norm(x, (branch, gate2), shift1, scale1)
 
     def qkv(block: Block, bias: Tensor) -> Tensor:
         return skinny.normed_linear(x, shift1, scale1, block.attn.mat_qkv.weight, bias)
 
-    def proj(block: Block, bias: Tensor) -> Tensor:
+    def qkv_normed(block: Block, bias: Tensor) -> Tensor:
+        return skinny.linear(x, block.attn.mat_qkv.weight, bias)
+
+    def proj(block: Block, _: Tensor) -> Tensor:
         own = block.attn.proj
         return skinny.gated_linear(seen, own.weight, own.bias, gate1, x)
 
-    def fc1(block: Block, bias: Tensor) -> Tensor:
+    def fc1(block: Block, _: Tensor) -> Tensor:
         own = block.ffn.fc1
         return skinny.normed_linear(x, shift2, scale2, own.weight, own.bias, gelu=True)
 
-    def fc2(block: Block, bias: Tensor) -> Tensor:
-        own = block.ffn.fc2
-        return skinny.gated_linear(hidden, own.weight, own.bias, gate2, x)
+    def fc1_normed(block: Block, _: Tensor) -> Tensor:
+        own = block.ffn.fc1
+        return skinny.linear(x, own.weight, own.bias, gelu=True)
 
-    def all_four(block: Block, bias: Tensor) -> None:
-        kernel.place(qkv(block, bias), block.attn.log_scale(), past, 0)
+    def fc2(block: Block, _: Tensor) -> Tensor:
+        own = block.ffn.fc2
+        return skinny.gated_linear(hidden[:, None], own.weight, own.bias, gate2, x)
+
+    def own(block: Block, bias: Tensor) -> None:
+        place(block, qkv(block, bias))
         for product in (proj, fc1, fc2):
             product(block, bias)
+
+    def own_before(block: Block, bias: Tensor) -> None:
+        gating.gated_norm(x, None, shift1, scale1)
+        place(block, qkv_normed(block, bias))
+        proj(block, bias)
+        gating.gated_norm(x, None, shift2, scale2)
+        fc1_normed(block, bias)
+        fc2(block, bias)
 
     def over(call: Callable[[Block, Tensor], object]) -> Callable[[], object]:
         return lambda: [call(block, bias) for block, bias in zip(blocks, biases, strict=True)]
 
-    able = tokens <= few.LIMIT
-    yield halves if compiled else None
-    yield over(all_four) if able else None
     side_by_side = seen.transpose(1, 2).flatten(2)
+    able = tokens <= few.LIMIT
+    yield over(library)
+    yield from (over(call) if able else None for call in (own, own_before, own))
     yield over(lambda block, bias: F.linear(x, block.attn.mat_qkv.weight, bias))
-    yield over(qkv) if able else None
+    yield from (over(call) if able else None for call in (qkv, qkv_normed))
     yield over(lambda block, _: block.attn.proj(side_by_side))
     yield over(proj) if able else None
     yield over(lambda block, _: block.ffn.fc1(x))
-    yield over(fc1) if able else None
-    yield over(lambda block, _: block.ffn.fc2(hidden[:, 0]))
+    yield from (over(call) if able else None for call in (fc1, fc1_normed))
+    yield over(lambda block, _: block.ffn.fc2(hidden))
     yield over(fc2) if able else None
 
 
