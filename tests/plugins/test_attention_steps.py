@@ -16,7 +16,7 @@ from sandbox_plugins.attention import MathAttention, SdpaAttention, StepsAttenti
 from sandbox_plugins.var.blocks import Block
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+CLOSE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Of the largest: in 16 bits about two steps, as weights are rounded before they are summed."""
 PUBLISHED = tuple(side**2 for side in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 STRADDLING = 5, 40, 3, 50, 31
@@ -256,7 +256,7 @@ def test_a_gpu_has_sound_operators(dtype):
 def test_compiled_blocks_on_a_gpu_train_as_plain_ones():
     """In one piece: nothing is compiled around it."""
     settings = {"dtype": torch.bfloat16, "width": 128}
-    assert_trains(12 * 2**-8, build(), PUBLISHED, "cuda", "inductor", **settings)
+    assert_trains(4 * 2**-8, build(), PUBLISHED, "cuda", "inductor", **settings)
 
 
 @pytest.mark.gpu
