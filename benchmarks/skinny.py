@@ -5,11 +5,9 @@
 A row is a width and the tokens of two images in all. Prints microseconds a block, the median of
 `--repeats` replays of one CUDA graph over `--blocks` blocks, whose weights are too many to stay in
 a GPU's cache, as in a generation. First all that a block does beside attention: `library`, its
-products and a kernel between two of them; `own`, kernels that do what stands beside a product
-within; `own, before`, the same with the norm as a kernel before; `own, apart`, as `own`, but no
-kernel starts before the last one's end. Then each product by itself: as `F.linear`, by its kernel
-with all that this does besides, and (where there is a norm) of what is normed already. Kernels of
-their own are for 64 tokens at most.
+products and a kernel between two of them; `own`, kernels for few tokens; `own, apart`, the same,
+but no kernel starts before the last one's end. Then each product by itself: as `F.linear`, and by
+its kernel with all that this does besides. Kernels of their own are for 32 tokens at most.
 """
 
 import argparse
@@ -27,13 +25,8 @@ from sandbox_plugins.var import few
 from sandbox_plugins.var.blocks import Block
 from sandbox_plugins.var.fused import linear_gelu
 
-WHOLE = "library", "own", "own, before", "own, apart"
-PRODUCTS = {
-    "qkv": ("linear", "own", "normed"),
-    "proj": ("linear", "own"),
-    "fc1": ("linear", "own", "normed"),
-    "fc2": ("linear", "own"),
-}
+WHOLE = "library", "own", "own, apart"
+PRODUCTS = "qkv", "proj", "fc1", "fc2"
 
 
 def main() -> None:
@@ -49,7 +42,7 @@ def main() -> None:
         return
     print(f"bfloat16, {torch.cuda.get_device_name()}, torch {torch.__version__}, microseconds")
     print()
-    named = [*WHOLE, *(f"{name}, {way}" for name, ways in PRODUCTS.items() for way in ways)]
+    named = [*WHOLE, *(f"{name}, {way}" for name in PRODUCTS for way in ("linear", "own"))]
     print("|", " | ".join(["width", "tokens", *named]), "|")
     print("|" + "---|" * (2 + len(named)))
     for width in options.widths:
@@ -107,9 +100,6 @@ def ways(
         gating.gated_norm(x, (branch, gate2), shift1, scale1)
 
     def qkv(block: Block, bias: Tensor) -> Tensor:
-        return skinny.normed_linear(x, shift1, scale1, block.attn.mat_qkv.weight, bias)
-
-    def qkv_normed(block: Block, bias: Tensor) -> Tensor:
         return skinny.linear(x, block.attn.mat_qkv.weight, bias)
 
     def proj(block: Block, _: Tensor) -> Tensor:
@@ -118,10 +108,6 @@ def ways(
 
     def fc1(block: Block, _: Tensor) -> Tensor:
         own = block.ffn.fc1
-        return skinny.normed_linear(x, shift2, scale2, own.weight, own.bias, gelu=True)
-
-    def fc1_normed(block: Block, _: Tensor) -> Tensor:
-        own = block.ffn.fc1
         return skinny.linear(x, own.weight, own.bias, gelu=True)
 
     def fc2(block: Block, _: Tensor) -> Tensor:
@@ -129,16 +115,11 @@ def ways(
         return skinny.gated_linear(hidden[:, None], own.weight, own.bias, gate2, x)
 
     def own(block: Block, bias: Tensor) -> None:
-        place(block, qkv(block, bias))
-        for product in (proj, fc1, fc2):
-            product(block, bias)
-
-    def own_before(block: Block, bias: Tensor) -> None:
         gating.gated_norm(x, None, shift1, scale1)
-        place(block, qkv_normed(block, bias))
+        place(block, qkv(block, bias))
         proj(block, bias)
         gating.gated_norm(x, None, shift2, scale2)
-        fc1_normed(block, bias)
+        fc1(block, bias)
         fc2(block, bias)
 
     def over(call: Callable[[Block, Tensor], object]) -> Callable[[], object]:
@@ -147,13 +128,13 @@ def ways(
     side_by_side = seen.transpose(1, 2).flatten(2)
     able = tokens <= few.LIMIT
     yield over(library)
-    yield from (over(call) if able else None for call in (own, own_before, own))
+    yield from [over(own) if able else None] * 2
     yield over(lambda block, bias: F.linear(x, block.attn.mat_qkv.weight, bias))
-    yield from (over(call) if able else None for call in (qkv, qkv_normed))
+    yield over(qkv) if able else None
     yield over(lambda block, _: block.attn.proj(side_by_side))
     yield over(proj) if able else None
     yield over(lambda block, _: block.ffn.fc1(x))
-    yield from (over(call) if able else None for call in (fc1, fc1_normed))
+    yield over(fc1) if able else None
     yield over(lambda block, _: block.ffn.fc2(hidden))
     yield over(fc2) if able else None
 

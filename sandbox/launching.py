@@ -18,9 +18,10 @@ def overlapping(device: torch.device) -> dict[str, bool]:
     """The arguments that let a Triton kernel start while the one before it on `device` still runs.
 
     For a kernel with a constexpr OVERLAPS. Where that is true, all of its programs have to call
-    `tl.extra.cuda.gdc_wait()` before they read or write memory; what they call before, such as
-    `gdc_launch_dependents()`, by which the next kernel may start, touches none. It is false before
-    compute capability 9, without a Triton that knows of it, and within `one_by_one`.
+    `tl.extra.cuda.gdc_wait()` before they read or write memory, and then
+    `gdc_launch_dependents()`, by which the next kernel may start: called before, all that follow
+    would start at once, and take one another's room. It is false before compute capability 9,
+    without a Triton that knows of it, and within `one_by_one`.
     """
     return (
         {"OVERLAPS": True, "launch_pdl": True}

@@ -61,20 +61,18 @@ def test_interpreted_kernels_do_without(capability, monkeypatch):
 def kernels():
     """Each with its constants, and what its other arguments are that are no whole numbers."""
     from sandbox_plugins.attention import cached_kernel
-    from sandbox_plugins.var import kernel, skinny_kernels
+    from sandbox_plugins.var import gating, kernel, skinny_kernels
 
     halves = lambda names: dict.fromkeys(names.split(), "*bf16")  # noqa: E731
     few = {"ROWS": 16, "CHANNELS": 16, "STEP": 128, "OUT": 128}
     few_in, few_out = {**few, "D": 256, "GELU": True}, {**few, "HEADS": 4, "E": 128}
-    normed, gated = (
-        halves("x shift scale weight bias out"),
-        halves("y weight bias gate residual out"),
-    )
+    gated = halves("y weight bias gate residual out")
     sums = {"partial": "*fp32", "arrived": "*i32"}
-    yield skinny_kernels.normed_linear, few_in, normed
-    yield skinny_kernels.normed_linear, {**few_in, "shift": None, "scale": None}, normed
+    yield skinny_kernels.linear, few_in, halves("x weight bias out")
     yield skinny_kernels.gated_linear, {**few_out, "SPLITS": 2}, {**gated, **sums}
     yield skinny_kernels.gated_linear, {**few_out, "SPLITS": 1, **dict.fromkeys(sums)}, gated
+    widths = {"D": 96, "BLOCK": 128}
+    yield gating._gated_norm, widths, halves("x y gate shift scale added normed")
     placed = {**halves("qkv queries past"), "log_scale": "*fp32"}
     yield kernel._place, {"HEADS": 2, "E": 32, "HELD": 2}, placed
     for once in (True, False):
@@ -105,4 +103,4 @@ def test_what_is_built_waits_before_it_touches_memory(monkeypatch, tmp_path):
     for kernel, *how in kernels():
         before, after = ptx(kernel, *how).split("griddepcontrol.wait;")  # once, in all programs
         assert not touches.search(before) and touches.search(after), kernel
-        assert "griddepcontrol.launch_dependents;" in before
+        assert after.count("griddepcontrol.launch_dependents;") == 1

@@ -19,7 +19,7 @@ import sandbox
 
 FILL = 128
 """Programs that keep a GPU busy, about one a multiprocessor: below it, tiles get smaller."""
-FEWEST, MOST = 16, 128
+FEWEST, MOST = 16, 64
 """Queries of a tile: what a tensor core takes at least, and what registers hold."""
 
 
@@ -55,7 +55,7 @@ def attend(
             p <= keys,
             **sandbox.overlapping(q.device),
             num_warps=warps,
-            num_stages=2,
+            num_stages=3,
         )
     return out.transpose(1, 2)
 
@@ -108,8 +108,8 @@ def _attend(
 ):
     """A tile of one head's queries; `scale` is that of a power of two."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)  # tiles of one head are neighbours, and share its keys in the cache
     row, first = program // across, program % across * QUERIES
     image, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)

@@ -20,8 +20,9 @@ from .picks import Pick
 from .plain import Attention
 
 ROUNDS = 5
-ROUND_MS = 2.0
-"""Short calls are repeated until they take about this long."""
+ROUND_MS = 20.0
+"""Calls are repeated until they take about this long: of a call alone, how long it takes to launch
+counts, which in training happens while the GPU is still at work."""
 MOST_CALLS = 20
 MARGIN = 1.05
 """A later backend must be faster than an earlier one by more than this factor."""

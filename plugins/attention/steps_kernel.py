@@ -46,7 +46,7 @@ class Tiles(NamedTuple):
     keys: Tile
 
 
-NARROW = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, 128), Tile(64, 64, 4, 3, 168))
+NARROW = Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2, 128), Tile(32, 64, 4, 3, 128))
 WIDE = Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2))
 FULL = Tiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2))
 

@@ -17,8 +17,8 @@ import sandbox
 if TYPE_CHECKING:
     from .blocks import Block
 
-LIMIT = 64
-"""Tokens of all images; with more, the library's products are as fast."""
+LIMIT = 32
+"""Tokens of all images; with more, the library's products are faster."""
 CHUNK = 128
 """Widths are multiples of it."""
 
@@ -43,7 +43,7 @@ def products_for(
 
 def padded(tokens: int) -> int:
     """Rounded up to what a matrix unit takes, in few kinds: each is built by itself."""
-    return 16 if tokens <= 16 else 32 if tokens <= 32 else LIMIT
+    return 16 if tokens <= 16 else LIMIT
 
 
 @cache
@@ -61,12 +61,12 @@ def _skinny(
         def some(*shape: int) -> Tensor:
             return zeros[: torch.Size(shape).numel()].view(shape)
 
-        x, shift, up = some(tokens, 1, width), some(tokens, 1, 6, width)[:, :, 0], some(mlp_width)
+        x, gate, up = some(tokens, 1, width), some(tokens, 1, 6, width)[:, :, 0], some(mlp_width)
         seen = some(tokens, 1, heads, width // heads).transpose(1, 2)
-        skinny.normed_linear(x, shift, shift, some(3 * width, width), some(3 * width))
-        skinny.gated_linear(seen, some(width, width), x[0, 0], shift, x)
-        hidden = skinny.normed_linear(x, shift, shift, some(mlp_width, width), up, gelu=True)
-        skinny.gated_linear(hidden[:, None], some(width, mlp_width), x[0, 0], shift, x)
+        skinny.linear(x, some(3 * width, width), some(3 * width))
+        skinny.gated_linear(seen, some(width, width), x[0, 0], gate, x)
+        hidden = skinny.linear(x, some(mlp_width, width), up, gelu=True)
+        skinny.gated_linear(hidden[:, None], some(width, mlp_width), x[0, 0], gate, x)
         return skinny
 
     return sandbox.tried(trial, "products with few tokens without their Triton kernels")

@@ -2,8 +2,8 @@
 
 The one idea to hold: on a GPU nothing is compiled for a number of tokens. A block is four products
 of the library, attention by its backend, and between them Triton kernels that serve every step;
-with few tokens the products are Triton kernels, too, which do what stands beside them. Where these
-kernels cannot be, on a CPU to begin with, the compiled pieces do the same.
+with few tokens the products are Triton kernels, too, so that none waits for its weights. Where
+these kernels cannot be, on a CPU to begin with, the compiled pieces do the same.
 """
 
 from collections.abc import Sequence
@@ -95,13 +95,17 @@ def of_few(
     kernel: ModuleType,
     skinny: ModuleType,
 ) -> Float[Tensor, "b n d"]:
-    """A block to draw a few tokens, in six kernels."""
+    """A block to draw a few tokens, in eight kernels, each of which starts before the last ends."""
+    from . import gating
+
     attn, ffn = layer.block.attn, layer.block.ffn
     gate1, gate2, scale1, scale2, shift1, shift2 = layer.modulation.unbind(2)
-    qkv = skinny.normed_linear(x, shift1, scale1, attn.mat_qkv.weight, layer.bias)
+    _, normed = gating.gated_norm(x, None, shift1, scale1)
+    qkv = skinny.linear(normed, attn.mat_qkv.weight, layer.bias)
     seen = attn.see(qkv, Mask(), past, span, kernel)
     x = skinny.gated_linear(seen, attn.proj.weight, attn.proj.bias, gate1, x)
-    hidden = skinny.normed_linear(x, shift2, scale2, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
+    _, normed = gating.gated_norm(x, None, shift2, scale2)
+    hidden = skinny.linear(normed, ffn.fc1.weight, ffn.fc1.bias, gelu=True)
     return skinny.gated_linear(hidden[:, None], ffn.fc2.weight, ffn.fc2.bias, gate2, x)
 
 

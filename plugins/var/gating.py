@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+import sandbox
+
 from .blocks import LAYER_NORM_EPS
 
 _EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -52,6 +54,7 @@ def gated_norm(
             scale.stride(0),
             d,
             block,
+            **sandbox.overlapping(x.device),
             num_warps=min(max(block // 256, 1), 8),
         )
     return added, normed
@@ -72,8 +75,12 @@ def _gated_norm(
     scale_stride,
     D: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """One token."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     image = token // n
     own = tl.arange(0, BLOCK)

@@ -77,8 +77,8 @@ def _place(
 ):
     """A few heads of one token."""
     if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     image, turn = (token // n).to(tl.int64), start + token % n
     token = token.to(tl.int64)

@@ -1,8 +1,7 @@
-"""Products with few tokens, and what stands before and after them, as two Triton kernels.
+"""Products with few tokens, and what stands after them, as two Triton kernels.
 
 The one idea to hold: with few tokens a product takes as long as its weights take to come from
-memory. So a program owns a few output channels, streams their weights once, and computes all that
-is small beside them again by itself: the norm, the modulation, the gate.
+memory. So a program owns a few output channels, and streams their weights once.
 
 The weights are the left operand: their channels fill a matrix unit, which the tokens would not.
 
@@ -41,39 +40,17 @@ class Plan(NamedTuple):
     warps: int
 
 
-def plan(num_tokens: int, num_in: int, num_out: int, *, normed: bool) -> Plan:
+def plan(num_tokens: int, num_in: int, num_out: int, *, whole: bool) -> Plan:
     """The rule, a pure function of sizes: nothing is measured where a recording may be under way.
 
     Wanted: a program or two for each of some 130 processors, each with 16 KB of weights under way,
-    in at most half of a processor's memory. More tokens are read again by every program, hence
-    fewer programs then. A scale and a shift for each token take their room beside the tokens.
+    in at most half of a processor's memory. `whole` products are not split.
     """
     rows = padded(num_tokens)
-    channels, stages = 16 if rows == 16 else 32, 4 if rows == 64 else 5
-    if normed:
-        step = CHUNK if rows == 16 else CHUNK // 2
-        return Plan(rows, channels, step, 1, stages, 8 if rows == 64 else 4)
+    channels = 16 if rows == 16 else 32
     steps, tiles = num_in // CHUNK, num_out // channels
     able = (s for s in (4, 3, 2) if steps % s == 0 and steps // s >= 4 and tiles * s <= 256)
-    return Plan(rows, channels, CHUNK, next(able, 1), stages, 4)
-
-
-def normed_linear(
-    x: Float[Tensor, "b n d"],
-    shift: Float[Tensor, "b 1 d"],
-    scale: Float[Tensor, "b 1 d"],
-    weight: Float[Tensor, "out d"],
-    bias: Float[Tensor, " out"],
-    gelu: bool = False,
-) -> Float[Tensor, "b n out"]:
-    """The linear layer of the layer norm of `x`, scaled by 1 + `scale` and shifted.
-
-    With `gelu` its GELU, in the tanh form. All are of one type, `d` and `out` multiples of 128,
-    and `x` no more than `few.LIMIT` tokens; raises ValueError else.
-    """
-    b, n, d = x.shape
-    _require(x, weight, [(shift, (b, 1, d)), (scale, (b, 1, d)), (bias, (len(weight),))], b * n, d)
-    return _launch(x, shift, scale, weight, bias, gelu)
+    return Plan(rows, channels, CHUNK, 1 if whole else next(able, 1), 5, 4)
 
 
 def linear(
@@ -82,33 +59,22 @@ def linear(
     bias: Float[Tensor, " out"],
     gelu: bool = False,
 ) -> Float[Tensor, "b n out"]:
-    """`normed_linear` of what is normed, scaled and shifted already.
+    """The linear layer of `x`; with `gelu` its GELU, in the tanh form.
 
-    With more tokens a kernel before it takes less time than norming them all in every program.
+    All are of one type, `d` and `out` multiples of 128, and `x` no more than `few.LIMIT` tokens;
+    raises ValueError else.
     """
-    b, n, d = x.shape
-    _require(x, weight, [(bias, (len(weight),))], b * n, d)
-    return _launch(x, None, None, weight, bias, gelu)
-
-
-def _launch(
-    x: Tensor, shift: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, gelu: bool
-) -> Tensor:
     (b, n, d), num_out = x.shape, len(weight)
-    cut = plan(b * n, d, num_out, normed=shift is not None)  # splits are for `gated_linear` alone
+    _require(x, weight, [(bias, (num_out,))], b * n, d)
+    cut = plan(b * n, d, num_out, whole=True)
     out = x.new_empty(b, n, num_out)
     with torch.cuda.device_of(x):
-        kernels.normed_linear[(num_out // cut.channels,)](
+        kernels.linear[(num_out // cut.channels,)](
             x.contiguous(),
-            shift,
-            scale,
             weight,
             bias,
             out,
             b * n,
-            n,
-            0 if shift is None else shift.stride(0),
-            0 if scale is None else scale.stride(0),
             d,
             num_out,
             gelu,
@@ -138,7 +104,7 @@ def gated_linear(
     (b, heads, n, e), num_out = y.shape, len(weight)
     beside = [(bias, (num_out,)), (gate, (b, 1, num_out)), (residual, (b, n, num_out))]
     _require(y, weight, beside, b * n, heads * e)
-    cut = plan(b * n, heads * e, num_out, normed=False)
+    cut = plan(b * n, heads * e, num_out, whole=False)
     y = y if y.stride(3) == 1 else y.contiguous()
     out = y.new_empty(b, n, num_out)
     tiles, split = num_out // cut.channels, cut.splits > 1

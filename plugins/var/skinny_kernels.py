@@ -7,26 +7,16 @@ wait for no kernel before, so where it may start while one runs, it sends for th
 import triton
 import triton.language as tl
 
-from .blocks import LAYER_NORM_EPS
-from .few import CHUNK
-
-_EPS = tl.constexpr(LAYER_NORM_EPS)
-_CHUNK = tl.constexpr(CHUNK)
 _TWICE_ROOT = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "n"])  # one build for all steps of a plan
-def normed_linear(
+@triton.jit(do_not_specialize=["num_tokens"])  # one build for all steps of a plan
+def linear(
     x,
-    shift,
-    scale,
     weight,
     bias,
     out,
     num_tokens,
-    n,
-    shift_stride,
-    scale_stride,
     D: tl.constexpr,  # noqa: N803
     OUT: tl.constexpr,  # noqa: N803
     GELU: tl.constexpr,  # noqa: N803
@@ -35,40 +25,20 @@ def normed_linear(
     STEP: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """A few output channels of all tokens; without shift and scale these are normed already."""
+    """A few output channels of all tokens."""
     if OVERLAPS:
         _send_for(weight + tl.program_id(0) * (CHANNELS * D), D, D, CHANNELS)
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)[None, :]
     there = row < num_tokens
-    image = row // n
     product = tl.zeros([CHANNELS, ROWS], tl.float32)
     product += tl.load(bias + channel).to(tl.float32)[:, None]
-    read = x + row * D
-    if shift is not None:
-        # One pass over sums and squares: numbers of 16 bits with a mean so much greater than their
-        # spread that float32 would lose it have lost that spread before.
-        total = tl.zeros([_CHUNK, ROWS], tl.float32)
-        squares = tl.zeros([_CHUNK, ROWS], tl.float32)
-        for start in tl.static_range(0, D, _CHUNK):  # unrolled: all is read at once
-            part = tl.load(read + start + tl.arange(0, _CHUNK)[:, None], there, 0.0).to(tl.float32)
-            total += part
-            squares += part * part
-        mean = tl.sum(total, 0)[None, :] / D
-        variance = tl.sum(squares, 0)[None, :] / D - mean * mean
-        inverse = 1 / tl.sqrt(tl.where(variance < 0, 0.0, variance) + _EPS)
     for start in range(0, D, STEP):
         own = start + tl.arange(0, STEP)
         w = tl.load(weight + channel[:, None] * D + own[None, :])
-        own = own[:, None]
-        a = tl.load(read + own, there, 0.0)
-        if shift is not None:
-            gain = 1 + tl.load(scale + image * scale_stride + own, there, 0.0).to(tl.float32)
-            moved = tl.load(shift + image * shift_stride + own, there, 0.0).to(tl.float32)
-            a = ((a.to(tl.float32) - mean) * inverse * gain + moved).to(w.dtype)
-        product = tl.dot(w, a, product)
+        product = tl.dot(w, tl.load(x + row * D + own[:, None], there, 0.0), product)
     if GELU:
         steep = _TWICE_ROOT * (product + 0.044715 * product * product * product)
         product = product / (1 + tl.exp(-steep))
@@ -109,8 +79,8 @@ def gated_linear(
     if OVERLAPS:
         first = weight + tile * (CHANNELS * HEADS * E) + split * (HEADS * E // SPLITS)
         _send_for(first, HEADS * E, HEADS * E // SPLITS, CHANNELS)
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     channel = tile * CHANNELS + tl.arange(0, CHANNELS)
     row = tl.arange(0, ROWS)
     there = row[None, :] < num_tokens

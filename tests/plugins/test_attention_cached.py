@@ -82,7 +82,7 @@ def test_interpreted_it_gives_what_the_formula_gives():
         ((2048, 25, 55, 64, torch.bfloat16), (32, 64, 4)),
         ((2048, 36, 91, 64, torch.bfloat16), (64, 128, 4)),
         ((2048, 169, 424, 64, torch.bfloat16), (64, 64, 4)),  # 3 tiles, not 2 of which one is empty
-        ((2048, 256, 680, 64, torch.bfloat16), (128, 64, 8)),
+        ((2048, 256, 680, 64, torch.bfloat16), (64, 64, 4)),
         ((32, 256, 680, 64, torch.bfloat16), (64, 64, 4)),  # 128 programs, not 64
         ((32, 100, 255, 64, torch.bfloat16), (32, 128, 4)),
         ((32, 100, 255, 128, torch.bfloat16), (32, 64, 4)),

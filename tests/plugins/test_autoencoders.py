@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import python
 from torch.nn import functional as F
 
 from sandbox import Autoencoder, exact_float32, rendering
@@ -92,6 +93,48 @@ def test_a_map_is_convolved_as_if_doubled(height, width, dtype):
     assert found.dtype == dtype
     close = 1e-5 if dtype == torch.float32 else 1e-13
     torch.testing.assert_close(found, plain, rtol=close, atol=10 * close)
+
+
+def parities(b, e, height, width, dtype=torch.float32, device="cpu"):
+    """Channels together, as convolutions of channels-last maps leave them."""
+    numbers = torch.randn(b, height + 1, width + 1, 4 * e, device=device)
+    return numbers.to(dtype).permute(0, 3, 1, 2)
+
+
+def test_interleaving_is_a_sound_operator():
+    torch.library.opcheck(layers.interleaved, (parities(2, 3, 4, 1),))
+    made = layers.interleaved(parities(2, 3, 4, 1))
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+INTERPRETED = """
+import torch
+from sandbox_plugins.autoencoders import interleaving, layers
+from test_autoencoders import parities
+
+interleaving.BLOCK = 32
+for sizes in [(1, 1, 1, 1), (2, 5, 3, 4), (3, 32, 2, 1)]:
+    for parts in (parities(*sizes), parities(*sizes).contiguous(), parities(*sizes).half()):
+        found, plain = interleaving.interleave(parts), layers.interleaved(parts)
+        assert torch.equal(found, plain) and found.stride() == plain.stride()
+print("agreed")
+"""
+
+
+def test_interpreted_the_kernel_interleaves():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    assert python(INTERPRETED, TRITON_INTERPRET="1") == "agreed\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_interleaves(dtype):
+    for sizes in [(1, 1, 1, 1), (2, 5, 3, 4), (3, 160, 17, 16), (6, 160, 128, 128)]:
+        parts = parities(*sizes, dtype)
+        found = layers.interleaved(parts.cuda())
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found.cpu(), layers.interleaved(parts))
+    torch.library.opcheck(layers.interleaved, (parities(2, 32, 3, 4, dtype, "cuda"),))
 
 
 def test_weights_of_16_bits_are_summed_in_float32_and_rounded_once():

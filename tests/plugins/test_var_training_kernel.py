@@ -61,7 +61,7 @@ def projected(attn, x, kernels, dtype=None):
 
 def lost(found, expected):
     """The norm of the difference, over that of what was expected."""
-    found, expected = found.float(), expected.float()
+    found, expected = found.detach().float(), expected.detach().float()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -308,7 +308,9 @@ def test_by_itself_a_compiled_block_takes_them():
     call = torch.compile(block.forward, dynamic=False, fullgraph=True)
     with (
         torch.autocast("cuda", torch.bfloat16),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+        ) as profile,
     ):
         call(x, torch.randn(2, 1, 6, 64, device="cuda"), Mask()).sum().backward()
     torch._dynamo.reset()
