@@ -7,12 +7,11 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import sandbox
 from sandbox import AttentionRequest, Mask
 
-from .plain import SdpaAttention, kept
+from .plain import SdpaAttention, kept, watched
 
 HEAD_DIMS = 16, 32, 64, 128
 DTYPES = torch.float16, torch.bfloat16, torch.float32
@@ -41,7 +40,7 @@ class CachedAttention(SdpaAttention):
 
     @torch.compiler.disable
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        if is_in_torch_dispatch_mode():  # what watches or fakes all operations knows sdpa alone
+        if watched():
             return super().compute(q, k, v, mask, scale)
         from . import cached_kernel
 

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from sandbox import AttentionRequest, Mask
 
-from .plain import Attention, SdpaAttention, kept
+from .plain import Attention, SdpaAttention, kept, watched
 
 
 class CudnnAttention(SdpaAttention):
@@ -115,7 +114,7 @@ class FlexAttention(Attention):
             blocks = _step_blocks(mask.step_lens, q.device)
         from torch.nn.attention.flex_attention import flex_attention
 
-        if q.device.type == "cuda" and is_in_torch_dispatch_mode():
+        if q.device.type == "cuda" and watched():
             # Nothing is compiled while a mode watches every operation; unfused it has no gradients.
             return SdpaAttention.compute(self, q, k, v, mask, scale)
         if q.device.type == "cuda":

@@ -21,9 +21,9 @@ from .plain import Attention
 
 ROUNDS = 5
 ROUND_MS = 20.0
-"""Calls are repeated until they take about this long: of a call alone, how long it takes to launch
-counts, which in training happens while the GPU is still at work."""
-MOST_CALLS = 20
+"""Calls are repeated until they take about this long: of a call alone, or a graph of few, how long
+it takes to launch counts, which happens while the GPU is still at work."""
+MOST_CALLS = 200
 MARGIN = 1.05
 """A later backend must be faster than an earlier one by more than this factor."""
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import sandbox
 from sandbox import AttentionRequest, Mask
@@ -117,6 +118,11 @@ def _allowed(mask: Mask, device: torch.device) -> Bool[Tensor, "n p"] | None:
     if mask.dense is not None:
         return mask.dense.to(device)
     return None if mask.step_lens is None else step_pattern(mask.step_lens, device)
+
+
+def watched() -> bool:
+    """Whether in this thread something watches or fakes all operations, who knows sdpa alone."""
+    return bool(_get_current_dispatch_mode_stack())
 
 
 def kept(make: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,13 +8,12 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import sandbox
 from sandbox import AttentionRequest, Mask
 
 from .cached import DTYPES, HEAD_DIMS
-from .plain import SdpaAttention, kept
+from .plain import SdpaAttention, kept, watched
 
 
 class StepsAttention(SdpaAttention):
@@ -37,8 +36,7 @@ class StepsAttention(SdpaAttention):
         return _untried(request.device, request.dtype, request.head_dim)
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
-            # What watches or fakes all operations knows sdpa alone.
+        if not torch.compiler.is_compiling() and watched():
             return super().compute(q, k, v, mask, scale)
         assert mask.step_lens is not None
         return _attend(q, k, v, list(mask.step_lens), scale)[0]

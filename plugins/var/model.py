@@ -318,7 +318,7 @@ class VAR(nn.Module):
         self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
     ) -> list[Float[Tensor, "b 1 6 d"]]:
         if not self.params.shared_adaln:
-            active = F.silu(cond)  # what every AdaLN begins with
+            active = F.silu(cond).to(self._dtype())  # what every AdaLN begins with
             return [block.modulation(active) for block in blocks]
         shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
         return [block.ada_gss + shared for block in self.blocks]

@@ -181,6 +181,7 @@ def test_few_tokens_of_16_bits_in_even_widths_have_them(monkeypatch):
     assert asked == [(torch.device("cpu"), torch.bfloat16, 32, 2, 128, 256)]
     assert found((32, 1, 128)) and found((1, 1, 128))
     assert found((33, 1, 128)) is None and found((2, 13, 64)) is None
+    assert found((2, 13, 1408)) is None
     assert found(dtype=torch.float32) is None and found(dtype=torch.float16) is None
     assert found(training=True) is None
     narrow = SimpleNamespace(fc1=SimpleNamespace(weight=torch.zeros(200, 128).bfloat16()))
