@@ -250,8 +250,8 @@ class Autoregressive:
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        """Let backbone and tokenizer run compiled kernels, where that is wanted and they can."""
-        parts: tuple[Any, ...] = self.backbone, self.tokenizer
+        """Let all parts run compiled kernels, where that is wanted and they can."""
+        parts: tuple[Any, ...] = self.backbone, self.tokenizer, self.sampler
         fusing = [part for part in parts if self.fast == "on" and hasattr(part, "fused")]
         for part in fusing:
             part.fused = True

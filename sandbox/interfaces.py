@@ -199,10 +199,10 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Sampler(Protocol):
-    """Logits to ids. `progress` runs from 0 at the first step to 1 at the last.
+    """Logits to ids; `progress` is 0 at the first step, 1 at the last. Built as `Class(params)`.
 
     A sampler may also have `soften(logits, progress, rng) -> Float["b n v"]`: weights over the
-    vocabulary whose mean code is painted in place of the drawn one. Built as `Class(params)`.
+    vocabulary whose mean code is painted in place of the drawn one; and `fused`, as a backbone has.
     """
 
     def guidance(self, progress: float) -> float:

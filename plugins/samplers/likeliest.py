@@ -32,6 +32,7 @@ class Greedy:
 
     def __init__(self, params: Params) -> None:
         self.params = params
+        self.fused = False
 
     def guidance(self, progress: float) -> float:
         """The weight at `progress`, 0 at the first step and 1 at the last."""
@@ -71,10 +72,13 @@ class TopKTopP(Greedy):
         `torch.multinomial` draws one id so, and these are its ids, but where rounding decides; it
         waits for the device to refuse NaN, though, which is not noticed here.
         """
-        logits = self._tempered(logits)
+        logits, top = self._tempered(logits), (self.params.top_k, self.params.top_p)
+        if self.fused and logits.device.type == "cpu" and logits.numel():
+            from . import race
+
+            return race.draw(logits, *top, rng)
         noise = torch.empty_like(logits, memory_format=torch.contiguous_format)
         noise.exponential_(generator=rng)
-        top = self.params.top_k, self.params.top_p
         if kernel := _kernel_for(logits):
             return kernel.draw(logits, noise, *top)
         return (search(logits, *top).softmax(dim=-1) / noise).argmax(dim=-1)

@@ -11,6 +11,7 @@ import yaml
 import sandbox
 from sandbox import NotRecorded, Recordings, rendering
 from sandbox_plugins.autoregressive import Autoregressive
+from sandbox_plugins.samplers import race
 from sandbox_plugins.tasks.drawing import adjusted, drawing_with
 from sandbox_plugins.var import blocks, fused, pieces
 
@@ -71,6 +72,7 @@ def quickly_compiled(monkeypatch):
     monkeypatch.setattr(pieces, "compiled", lambda *, dynamic: traced)
     images = torch.compile(rendering._images, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(rendering, "fused_images", lambda: images)
+    monkeypatch.setattr(race, "compiled", lambda: race.winners)
 
 
 def labels_of(run, size=6):
@@ -548,3 +550,13 @@ def test_a_recorded_generation_does_not_wait_for_the_device(load):
 def _recordings(run):
     calls = run.generator._recordings._calls.values()
     return sum(not isinstance(call, int) for call in calls)
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_a_sampler_draws_the_fast_way_with_the_others(load, monkeypatch):
+    run, seen = load(sampler="{name: top-k-top-p, top_p: 0.8}"), []
+    monkeypatch.setattr(race, "draw", lambda *args, draw=race.draw: seen.append(1) or draw(*args))
+    plain = drawn(run, "off")
+    assert not seen
+    torch.testing.assert_close(drawn(run, "on"), plain)
+    assert len(seen) == 4 and not run.generator.sampler.fused
