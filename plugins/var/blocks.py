@@ -90,10 +90,26 @@ class Block(nn.Module):
 
     def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Compiled to draw, with the cheapest GELU."""
-        drawing = not (self.training or torch.is_grad_enabled())
-        if not (drawing and torch.compiler.is_compiling()):
+        if self.training or not drawing():
             return self.ffn(x)
-        return self.ffn.fc2(gelu(self.ffn.fc1(x)))
+        fc1, fc2 = self.ffn.fc1, self.ffn.fc2
+        return linear(gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+
+
+def drawing() -> bool:
+    """Whether this is compiled, and for no gradients."""
+    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer; compiled to draw on a CPU, its bias is for the kernel that comes after it.
+
+    There a product with a bias begins by copying that to every row. In 16 bits the sum would be
+    rounded once more.
+    """
+    if x.device.type == "cpu" and weight.dtype == torch.float32 and drawing():
+        return F.linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -134,7 +150,7 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
     ) -> Float[Tensor, "b n three_d"]:
         """Queries, keys and values side by side; `bias` if it was put together before."""
-        return F.linear(x, self.mat_qkv.weight, self.bias() if bias is None else bias)
+        return linear(x, self.mat_qkv.weight, self.bias() if bias is None else bias)
 
     def project(
         self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
@@ -178,7 +194,8 @@ class SelfAttention(nn.Module):
 
     def merge(self, seen: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
         """What all heads saw, as one vector a token."""
-        return self.dropout(self.proj(rearrange(seen, "b heads n e -> b n (heads e)")))
+        seen = rearrange(seen, "b heads n e -> b n (heads e)")
+        return self.dropout(linear(seen, self.proj.weight, self.proj.bias))
 
 
 def with_drop_path(

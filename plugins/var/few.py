@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LIMIT = 32
 """Tokens of all images; with more, the library's products are faster."""
 WIDEST = 1280
-"""Channels of tokens; with more (1,920 were tried, 1,024 are not), the library's are faster, too."""
+"""Channels of tokens; with more the library's are faster, too (tried: 1,024 and 1,920)."""
 CHUNK = 128
 """Widths are multiples of it."""
 
