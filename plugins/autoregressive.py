@@ -84,6 +84,7 @@ class Autoregressive:
         parts: tuple[Any, ...] = self.backbone, self.tokenizer
         self._followed = all(isinstance(part, nn.Module) for part in parts)
         self._modules = [m for part in parts if self._followed for m in part.modules()]
+        self._held = sandbox.held(self._modules)
         self._seen: tuple[Hashable, ...] = ()
         self._shares: dict[torch.device, Tensor] = {}
         self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
@@ -194,7 +195,7 @@ class Autoregressive:
         recorded = self.fast != "off" and labels.device.type == "cuda"
         if watch is not None or not recorded or not self._followed:
             return self._sample(labels, rng, watch=watch)
-        where = sandbox.places(self._modules)
+        where = sandbox.places(self._held)
         self._refresh_copies(where)
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
@@ -203,7 +204,7 @@ class Autoregressive:
 
     def _refresh_copies(self, where: tuple[Hashable, ...]) -> None:
         """Of weights, where there are any and weights have moved: recordings read them."""
-        now = where, sandbox.versions(self._modules)
+        now = where, sandbox.versions(self._held)
         if now == self._seen:
             return
         self._seen = now

@@ -9,7 +9,7 @@ change in place, but whoever records must name in the `key` all else that a call
 import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,6 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Computation = Callable[[Tensor, torch.Generator], Tensor]
 """Of one tensor to another, drawing from the generator."""
+
+
+Held = Sequence[Mapping[str, Tensor | None]]
+"""Parameters and buffers of modules."""
 
 
 class NotRecorded(UserWarning):
@@ -153,34 +157,35 @@ def _recording_stream(device: torch.device) -> Any:
     return cuda.Stream(device)
 
 
-def places(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
-    """Where the modules' own parameters and buffers lie; those within them are to be named too.
-
-    Read before every replay, while the device waits, hence not by way of `parameters()`.
-    """
-    return tuple(
-        (tensor.data_ptr(), tensor.stride())
-        for module in modules
-        for own in (module._parameters, module._buffers)
-        for tensor in own.values()
-        if tensor is not None
-    )
+def held(modules: Iterable[nn.Module]) -> Held:
+    """The modules' own parameters and buffers by name, now and later; those within them are to be
+    named too."""
+    return [own for module in modules for own in (module._parameters, module._buffers)]
 
 
-def versions(modules: Iterable[nn.Module]) -> tuple[Hashable, ...]:
-    """How often the modules' own parameters and buffers were written to.
+def places(of: Held) -> tuple[Hashable, ...]:
+    """Where parameters and buffers lie. Read before every replay, while the device waits."""
+    tensors = _tensors(of)
+    return *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)
+
+
+def versions(of: Held) -> tuple[Hashable, ...]:
+    """How often parameters and buffers were written to.
 
     While this and `places` stay equal, they are as they were. Fused optimizers do not count as
     writing, so every step of any optimizer does. Of what was made in inference mode nobody knows:
     it never is equal. What is written through `.data` is missed.
     """
-    return _steps[0], *(
-        object() if tensor.is_inference() else tensor._version
-        for module in modules
-        for own in (module._parameters, module._buffers)
-        for tensor in own.values()
-        if tensor is not None
-    )
+    tensors = _tensors(of)
+    try:
+        found: list[object] = [tensor._version for tensor in tensors]
+    except RuntimeError:  # of an inference tensor
+        found = [object() if tensor.is_inference() else tensor._version for tensor in tensors]
+    return _steps[0], *found
+
+
+def _tensors(of: Held) -> list[Tensor]:
+    return [tensor for own in of if own for tensor in own.values() if tensor is not None]
 
 
 _steps = [0]

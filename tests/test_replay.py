@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sandbox import NotRecorded, Recordings, places, replay
+from sandbox import NotRecorded, Recordings, held, places, replay
 from sandbox.replay import Recording, versions
 
 
@@ -85,11 +85,11 @@ def test_where_memory_runs_out_recordings_make_way(pretended):
 
 def test_places_tell_whether_weights_were_moved_and_not_whether_they_changed():
     module = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
-    before = places(module.modules())
+    before = places(held(module.modules()))
     module.load_state_dict({name: t + 1 for name, t in module.state_dict().items()})
-    assert places(module.modules()) == before
+    assert places(held(module.modules())) == before
     module.to(memory_format=torch.channels_last)
-    assert places(module.modules()) != before
+    assert places(held(module.modules())) != before
 
 
 def draw(inputs, rng):
@@ -185,7 +185,7 @@ def test_every_way_of_training_changes_the_versions(fused):
     modules, seen = list(model.modules()), []
 
     def changed():
-        seen.append(versions(modules))
+        seen.append(versions(held(modules)))
         return seen[-1] not in seen[:-1]
 
     assert changed() and not changed()
@@ -204,4 +204,4 @@ def test_every_way_of_training_changes_the_versions(fused):
 def test_of_what_was_made_in_inference_mode_nobody_knows():
     with torch.inference_mode():
         model = torch.nn.Linear(2, 2)
-    assert versions([model]) != versions([model])
+    assert versions(held([model])) != versions(held([model]))

@@ -299,7 +299,7 @@ def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, mo
 
     def count():
         refreshed.clear()
-        made._refresh_copies(sandbox.places(made._modules))
+        made._refresh_copies(sandbox.places(made._held))
         return len(refreshed)
 
     assert count() == len(made._modules) and count() == 0
