@@ -27,6 +27,7 @@ class Goal:
 
     name: str
     file: str
+    """Of the files called so, or so and more after a hyphen, the latest that has the row."""
     part: str
     where: Mapping[str, Any]
     published: str
@@ -80,14 +81,23 @@ def read(folder: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def found(measured: Mapping[str, Any], file: str, part: str, where: Mapping[str, Any]) -> Any:
-    """The row, or None; what `where` does not name is as in a plain row."""
-    for row in measured.get(file, {}).get(part, []):
-        plain = {"compiled": False, "fast": row.get("fast"), **where}
-        told = {"compiled": False, **row}
-        if "median_seconds" in row and all(told.get(key) == plain[key] for key in plain):
-            return row
+def found(
+    measured: Mapping[str, Any], file: str, part: str, where: Mapping[str, Any]
+) -> tuple[str, Any] | None:
+    """The latest such row and its file; what `where` does not name is as in a plain row."""
+    for name in of_kind(measured, file):
+        for row in measured[name].get(part, []):
+            plain = {"compiled": False, "fast": row.get("fast"), **where}
+            told = {"compiled": False, **row}
+            if "median_seconds" in row and all(told.get(key) == plain[key] for key in plain):
+                return name, row
     return None
+
+
+def of_kind(measured: Mapping[str, Any], file: str) -> list[str]:
+    """The files of this kind, the latest first."""
+    names = [name for name in measured if name == file or name.startswith(f"{file}-")]
+    return sorted(names, key=lambda name: str(measured[name].get("date", "")), reverse=True)
 
 
 def table(header: str, rows: Iterator[str]) -> Iterator[str]:
@@ -113,7 +123,8 @@ def commands(measured: Mapping[str, Any]) -> Iterator[str]:
 
 def goals(measured: Mapping[str, Any]) -> Iterator[str]:
     for goal in GOALS:
-        if row := found(measured, goal.file, goal.part, goal.where):
+        if that := found(measured, goal.file, goal.part, goal.where):
+            file, row = that
             value = goal.reached(row)
             ours = f"{value:{'.3g' if value < 1000 else '.0f'}} {goal.unit}"
             if goal.part == "training":
@@ -121,7 +132,8 @@ def goals(measured: Mapping[str, Any]) -> Iterator[str]:
             low, high = (1e3 * row[name] for name in ("q1_seconds", "q3_seconds"))
             yield (
                 f"| {goal.name} | {goal.published} | {goal.limit} | {goal.wanted} {goal.unit} "
-                f"| **{ours}** | {low:.4g} to {high:.4g} | {'yes' if goal.is_met(row) else 'no'} |"
+                f"| **{ours}** | {file} | {low:.4g} to {high:.4g} "
+                f"| {'yes' if goal.is_met(row) else 'no'} |"
             )
 
 
@@ -164,10 +176,11 @@ def split(row: Mapping[str, Any]) -> str:
 
 def coding(measured: Mapping[str, Any]) -> Iterator[str]:
     for part in ("encoding", "decoding"):
-        for _, row in timed(measured, part):
+        for file, row in timed(measured, part):
             changed = percent(row, "ids_changed") if part == "encoding" else ""
             yield (
-                f"| {part} | {row['precision']} | {'yes' if row.get('compiled') else 'no'} "
+                f"| {file} | {part} | {row['precision']} "
+                f"| {'yes' if row.get('compiled') else 'no'} "
                 f"| {row['images_per_second']:.4g} | {changed} | {row['peak_bytes'] / GIB:.1f} |"
             )
 
@@ -187,29 +200,40 @@ def training(measured: Mapping[str, Any]) -> Iterator[str]:
 
 
 def ratio(measured: Mapping[str, Any]) -> Iterator[str]:
-    made = list(timed(measured, "generation"))
-    rows = {name: [row for file, row in made if file == name] for name in ("d16", "raster")}
+    """At batch 1, and at the best of several batches that both were measured at, if there are."""
+    kinds = [of_kind(measured, kind) for kind in ("d16", "raster")]
     for mode in ("off", "on"):
-        mine, theirs = ([r for r in rows[f] if r.get("fast") == mode] for f in ("d16", "raster"))
-        ones = [next((r for r in each if r["batch_size"] == 1), None) for each in (mine, theirs)]
-        if not all(ones):
-            continue
-        latency = [1e3 * row["median_seconds"] for row in ones if row]
-        best = [max(row["images_per_second"] for row in each) for each in (mine, theirs)]
-        yield (
-            f"| {mode} | {latency[0]:.4g} | {latency[1]:.4g} | **{latency[1] / latency[0]:.1f}** "
-            f"| {best[0]:.4g} | {best[1]:.4g} | **{best[0] / best[1]:.1f}** |"
+        mine, theirs = (
+            {
+                row["batch_size"]: row
+                for name in reversed(names)  # the latest stays
+                for _, row in timed({name: measured[name]}, "generation")
+                if row.get("fast") == mode
+            }
+            for names in kinds
         )
+        if 1 not in mine or 1 not in theirs:
+            continue
+        latency = [1e3 * rows[1]["median_seconds"] for rows in (mine, theirs)]
+        line = (
+            f"| {mode} | {latency[0]:.4g} | {latency[1]:.4g} | **{latency[1] / latency[0]:.1f}** "
+        )
+        shared = mine.keys() & theirs.keys()
+        if len(shared) == 1:
+            yield f"{line}| | | |"
+            continue
+        best = [max(rows[size]["images_per_second"] for size in shared) for rows in (mine, theirs)]
+        yield f"{line}| {best[0]:.4g} | {best[1]:.4g} | **{best[0] / best[1]:.1f}** |"
 
 
 def kernels(measured: Mapping[str, Any]) -> Iterator[str]:
     """A small table for each line of the table of goals."""
     for goal in GOALS:
-        row = found(measured, goal.file, goal.part, goal.where)
-        if row is None or not isinstance(row.get("kernels"), list):
+        file, row = found(measured, goal.file, goal.part, goal.where) or ("", {})
+        if not isinstance(row.get("kernels"), list):
             continue
         whole, busy = 1e3 * row["median_seconds"], 1e3 * row["kernels_seconds"]
-        yield f"**{goal.file}, {goal.name}**: {whole:.4g} ms, kernels {busy:.4g} ms"
+        yield f"**{file}, {goal.name}**: {whole:.4g} ms, kernels {busy:.4g} ms"
         yield ""
         yield from table(
             "ms | % | calls | kernel",
@@ -227,7 +251,11 @@ SECTIONS: list[tuple[str, str, Callable[[Mapping[str, Any]], Iterator[str]]]] = 
         "file | command | machine | date | matrix product, TFLOP/s | copy, TB/s",
         commands,
     ),
-    ("Goals", " | published | limit | aimed at | ours | quartiles, ms a batch | reached", goals),
+    (
+        "Goals",
+        " | published | limit | aimed at | ours | file | quartiles, ms a batch | reached",
+        goals,
+    ),
     (
         "Generation",
         "file | precision | batch | fast | ms | img/s | times as fast | first, s | GiB "
@@ -235,7 +263,7 @@ SECTIONS: list[tuple[str, str, Callable[[Mapping[str, Any]], Iterator[str]]]] = 
         modes,
     ),
     ("Next-scale and raster-scan", "fast | ms | raster | ratio | img/s | raster | ratio", ratio),
-    ("Tokenizer", "part | precision | compiled | img/s | ids changed, % | GiB", coding),
+    ("Tokenizer", "file | part | precision | compiled | img/s | ids changed, % | GiB", coding),
     (
         "Training",
         "file | batch | compiled | img/s | GiB | forward, backward, optimizer, ms | % of product",

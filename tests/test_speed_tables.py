@@ -48,11 +48,32 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     speed.main()
     out = capsys.readouterr().out
     assert "| d16 | `sandbox bench x` | a GPU | 2026-11-25 | 800 | 4.00 |" in out
-    assert "| VAR-d16, batch 1 | 142 ms | 2 ms | 9 ms | **10 ms** | 10 to 10 | no |" in out
-    assert "| batch 8 | 48 img/s | 795 img/s | 330 img/s | **400 img/s** | 20 to 20 | yes |" in out
+    assert "| VAR-d16, batch 1 | 142 ms | 2 ms | 9 ms | **10 ms** | d16 | 10 to 10 | no |" in out
+    assert "| 330 img/s | **400 img/s** | d16 | 20 to 20 | yes |" in out
     assert "| on | 10 | 200 | **20.0** | 400 | 20 | **20.0** |" in out
     assert "| 4 | 50 | 3 | `gemm` |" in out
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
+
+
+def test_of_several_files_of_a_kind_the_latest_row_counts(measured, capsys):
+    for name, date, seconds in (("d16-more", "2026-11-26", 0.040), ("d16-old", "2026-11-24", 1)):
+        kept = json.loads((measured / "d16.json").read_text())
+        told = {"date": f"{date}T00:00:00", "generation": [row(8, seconds, fast="on")]}
+        (measured / f"{name}.json").write_text(json.dumps(kept | told))
+    sys.argv = ["speed.py", str(measured)]
+    speed.main()
+    out = capsys.readouterr().out
+    assert "**10 ms** | d16 |" in out and "**200 img/s** | d16-more |" in out
+    assert "| on | 10 | 200 | **20.0** | 200 | 20 | **10.0** |" in out
+
+
+def test_where_one_batch_is_shared_no_best_one_is_told(measured, capsys):
+    path = measured / "raster.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"generation": kept["generation"][:1]}))
+    sys.argv = ["speed.py", str(measured)]
+    speed.main()
+    assert "| on | 10 | 200 | **20.0** | | | |" in capsys.readouterr().out
 
 
 def test_what_a_stopped_bench_left_is_read_and_says_so(measured, capsys):
