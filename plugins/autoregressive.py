@@ -50,11 +50,11 @@ class Autoregressive:
         fast: sandbox.Switch = "auto"
         """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
         precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
-        replayed: the same images, sooner. `on`: recorded at the first call, and the kernels of
-        network and decoder are built for it, on a CPU too: a minute or two where they were never
-        built before, and the last digits differ. Edits, and what is watched step by step, are not
-        replayed, nor what a tokenizer decodes that is no `nn.Module`: nobody could tell when its
-        weights move."""
+        replayed: the same images, sooner. `on`: recorded at the first call, the decoder compiled,
+        and the network drawn by kernels of its own, on a CPU compiled, with the draw: a minute or
+        two where that was never built before, and the last digits differ. Edits, and what is
+        watched step by step, are not replayed, nor what a tokenizer decodes that is no
+        `nn.Module`: nobody could tell when its weights move."""
 
     def __init__(self, params: Params, subject: Subject) -> None:
         if subject.tokenizer is None:

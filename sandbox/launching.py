@@ -32,7 +32,10 @@ def overlapping(device: torch.device) -> dict[str, bool]:
 
 @contextmanager
 def one_by_one() -> Iterator[None]:
-    """Within, a kernel starts when the one before is done: to measure what overlapping is worth."""
+    """Within, what is launched or recorded starts when the kernel before is done, in all threads.
+
+    To measure what overlapping is worth; what was recorded before overlaps on.
+    """
     global _allowed
     before, _allowed = _allowed, False
     try:

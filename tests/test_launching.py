@@ -1,7 +1,9 @@
 """Kernels overlap where they can and may, and each waits before it touches memory."""
 
+import ast
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,19 @@ def ptx(kernel, constants, types):
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": 4, "num_stages": 4, "launch_pdl": True}
     return compile(ASTSource(kernel, types, values), GPUTarget("cuda", 90, 32), options).asm["ptx"]
+
+
+def test_every_kernel_that_may_overlap_is_looked_at():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    plugins = Path(__file__).parents[1] / "plugins"
+    named = {
+        (path.stem, node.name)
+        for path in plugins.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and "OVERLAPS" in [a.arg for a in node.args.args]
+    }
+    looked = {(kernel.fn.__module__.split(".")[-1], kernel.fn.__name__) for kernel, *_ in kernels()}
+    assert looked == named and named
 
 
 def test_what_is_built_waits_before_it_touches_memory(monkeypatch, tmp_path):

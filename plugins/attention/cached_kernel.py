@@ -33,7 +33,7 @@ def attend(
     (b, heads, n, e), p = q.shape, k.shape[2]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(b, n, heads, e)
-    queries, keys, warps = tiles(b * heads, n, p, e, q.dtype)
+    queries, keys = tiles(b * heads, n, p, e, q.dtype)
     across = triton.cdiv(n, queries)
     with torch.cuda.device_of(q):
         _attend[(b * heads * across,)](
@@ -54,14 +54,14 @@ def attend(
             keys,
             p <= keys,
             **sandbox.overlapping(q.device),
-            num_warps=warps,
+            num_warps=4,
             num_stages=3,
         )
     return out.transpose(1, 2)
 
 
-def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Queries and keys of a tile, and warps of a program, for `rows` images times heads.
+def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and keys of a tile, for `rows` images times heads.
 
     Numbers of keys between the same two powers of two have the same: `auto` measures one of them.
     """
@@ -76,8 +76,7 @@ def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, i
         most_keys = 32
     elif e > 64 or (p > 128 and queries > 32):
         most_keys = 64
-    keys = min(max(triton.next_power_of_2(p), 32), most_keys)
-    return queries, keys, max(queries // 16, 4)  # warps share the keys where queries are few
+    return queries, min(max(triton.next_power_of_2(p), 32), most_keys)
 
 
 @triton.jit(do_not_specialize=["heads", "n", "p", "across"])  # one build for all that tiles alike

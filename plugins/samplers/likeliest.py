@@ -169,7 +169,7 @@ def _least_of_few(
     few, ids = logits.topk(min(FEW, logits.shape[-1]), dim=-1)
     reached = masses.gather(-1, ids).cumsum(dim=-1)
     before = F.pad(reached[..., :-1], (1, 0))
-    last = (before < enough).sum(dim=-1, keepdim=True) - 1
+    last = (before < enough).sum(dim=-1, keepdim=True).clamp_min(1) - 1  # none is: of NaN
     found = few.gather(-1, last)
     open_rows = (reached[..., -1:] < enough).squeeze(-1)
     if open_rows.any():

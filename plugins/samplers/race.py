@@ -19,6 +19,9 @@ DOUBT = 1e-3
 """The share of all mass by which a winner has to be within top-p to be sure of it: sums of float32
 over a vocabulary are closer than that."""
 
+NO_MASS = 40.0
+"""Ids whose logits are this much below the greatest have no mass in float32."""
+
 HALVINGS = 8
 """Steps towards the top-k-th logit, which is not needed closely: little mass is around it."""
 
@@ -27,7 +30,7 @@ def draw(
     logits: Float[Tensor, "*b v"], top_k: int, top_p: float, rng: torch.Generator
 ) -> Int[Tensor, "*b"]:
     """What `TopKTopP.draw` says, with the same random numbers, from float32 logits on a CPU."""
-    rows = logits.flatten(0, -2)
+    rows = logits.reshape(-1, logits.shape[-1])
     # What `exponential_` reads, before it takes one logarithm after the other.
     uniform = torch.empty(rows.shape, dtype=torch.float64).uniform_(generator=rng)
     ids, sure = compiled()(rows, uniform, top_k, top_p)
@@ -46,21 +49,22 @@ def winners(
     ids = (masses / -torch.log1p(-uniform.float())).argmax(dim=-1, keepdim=True)
     likelier = logits > logits.gather(-1, ids)
     all_mass = mass = masses.sum(dim=-1)
-    sure = torch.ones_like(mass, dtype=torch.bool)
+    sure = mass.isfinite()  # else a logit is NaN, or without bounds
     if 0 < top_k < logits.shape[-1]:
-        sure = likelier.sum(dim=-1) < top_k
+        sure = sure & (likelier.sum(dim=-1) < top_k)
         # Of no more ids than top-k leaves, so no more than their mass.
         few = logits > _exceeded_by(top_k, logits)
         mass = masses.masked_fill(~few, 0).sum(dim=-1)
     if top_p < 1:
         ahead = masses.masked_fill(~likelier, 0).sum(dim=-1)
-        sure = sure & (ahead < top_p * mass - DOUBT * all_mass)
+        sure = sure & ((ahead == 0) | (ahead < top_p * mass - DOUBT * all_mass))
     return ids.squeeze(-1), sure
 
 
 def _exceeded_by(most: int, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n 1"]:
-    """A logit that at most so many ids exceed, and hardly fewer."""
-    low, high = logits.amin(dim=-1, keepdim=True), logits.amax(dim=-1, keepdim=True)
+    """A logit that at most so many ids exceed, and hardly fewer of those that have any mass."""
+    high = logits.amax(dim=-1, keepdim=True)
+    low = torch.maximum(logits.amin(dim=-1, keepdim=True), high - NO_MASS)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         more = (logits > middle).sum(dim=-1, keepdim=True) > most
@@ -70,5 +74,5 @@ def _exceeded_by(most: int, logits: Float[Tensor, "n v"]) -> Float[Tensor, "n 1"
 
 @cache
 def compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`winners`, built once for any number of rows."""
+    """`winners`, built once for one row and once for more, with and without top-k and top-p."""
     return torch.compile(winners, dynamic=True)

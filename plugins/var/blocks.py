@@ -50,7 +50,7 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def modulation(self, active: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 6 d"]:
-        """Of the SiLU of a label, which is the same for all blocks."""
+        """Of the SiLU of a label, the same for all blocks; that in `ada_lin` keeps its names."""
         return rearrange(self.ada_lin[1](active), "b (six d) -> b 1 six d", six=6)
 
     def forward(
@@ -195,7 +195,8 @@ class SelfAttention(nn.Module):
     def merge(self, seen: Float[Tensor, "b heads n e"]) -> Float[Tensor, "b n d"]:
         """What all heads saw, as one vector a token."""
         seen = rearrange(seen, "b heads n e -> b n (heads e)")
-        return self.dropout(linear(seen, self.proj.weight, self.proj.bias))
+        made = linear(seen, self.proj.weight, self.proj.bias) if drawing() else self.proj(seen)
+        return self.dropout(made)
 
 
 def with_drop_path(

@@ -1,8 +1,9 @@
 """What drawing reads of a network's weights: as they are, or copied in the type it computes in.
 
 The one idea to hold: autocast casts a matrix once for all steps, but within compiled code at every
-call. So compiled pieces read copies, cast when they are made and written anew where they lie; a
-CUDA graph leaves the copying out, so whoever replays it asks for that when weights moved.
+call, and Triton kernels not at all. So both read copies, cast when they are made and written anew
+where they lie; a CUDA graph leaves the copying out, so whoever replays it asks for that when
+weights moved.
 """
 
 import copy

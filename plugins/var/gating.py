@@ -34,10 +34,12 @@ def gated_norm(
     (b, n, d), y, gate = x.shape, *(branch or (None, None))
     fits = [t is None or (t.shape, t.dtype) == (x.shape, x.dtype) for t in (x, y)]
     fits += [t is None or (t.shape, t.stride(2)) == ((b, 1, d), 1) for t in (gate, shift, scale)]
-    if not all(fits) or not x.numel():
+    if not all(fits):
         raise ValueError(f"no norm of tokens {x.dtype} {tuple(x.shape)} and what is beside them")
     added = x if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     normed = x.new_empty(b, n, d, dtype=shift.dtype)
+    if not x.numel():
+        return added, normed
     block = triton.next_power_of_2(d)
     with torch.cuda.device_of(x):
         _gated_norm[(b * n,)](

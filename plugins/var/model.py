@@ -299,7 +299,7 @@ class VAR(nn.Module):
             copies.refresh(cast, self)
 
     def _weights(self, dtype: torch.dtype) -> copies.Weights:
-        """What steps read: for compiled pieces copies, if need be, brought up to date by a call."""
+        """What steps read: where `fused`, copies if need be, brought up to date by a call."""
         weight = self.word_embed.weight
         if not self.fused or dtype == weight.dtype:
             return copies.own(self, dtype)

@@ -43,7 +43,7 @@ def begin(
 ) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
     """What a label makes of each block and of the head (`VAR.modulations`)."""
     with network.coarse_products():
-        return compiled(dynamic=cond.device.type == "cpu").prepare(network, cond, blocks)
+        return compiled(dynamic=True).prepare(network, cond, blocks)
 
 
 def step(

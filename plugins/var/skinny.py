@@ -22,35 +22,34 @@ from .few import CHUNK, LIMIT, padded
 
 TILES = 2**12
 """The most output tiles of a product that is split."""
+STAGES, WARPS = 5, 4
+"""Chunks of weights that are under way at a time, the one that is computed with among them; and
+warps of a program."""
 
 
 class Plan(NamedTuple):
-    """How a product is cut, and how much of it is under way at a time."""
+    """How a product is cut."""
 
     rows: int
     """Tokens, rounded up to what a matrix unit takes."""
     channels: int
     """Output channels of a program."""
-    step: int
-    """Input channels that a program reads at a time; divides `CHUNK`."""
     splits: int
     """Programs that share an output tile, each with its part of the input channels."""
-    stages: int
-    """Steps that are under way at a time, the one that is computed with among them."""
-    warps: int
 
 
 def plan(num_tokens: int, num_in: int, num_out: int, *, whole: bool) -> Plan:
     """The rule, a pure function of sizes: nothing is measured where a recording may be under way.
 
     Wanted: a program or two for each of some 130 processors, each with 16 KB of weights under way,
-    in at most half of a processor's memory. `whole` products are not split.
+    or 32 with more than 16 tokens, in at most half of a processor's memory. `whole` products are
+    not split.
     """
     rows = padded(num_tokens)
     channels = 16 if rows == 16 else 32
     steps, tiles = num_in // CHUNK, num_out // channels
     able = (s for s in (4, 3, 2) if steps % s == 0 and steps // s >= 4 and tiles * s <= 256)
-    return Plan(rows, channels, CHUNK, 1 if whole else next(able, 1), 5, 4)
+    return Plan(rows, channels, 1 if whole else next(able, 1))
 
 
 def linear(
@@ -80,10 +79,10 @@ def linear(
             gelu,
             cut.rows,
             cut.channels,
-            cut.step,
+            CHUNK,
             **sandbox.overlapping(x.device),
-            num_stages=cut.stages,
-            num_warps=cut.warps,
+            num_stages=STAGES,
+            num_warps=WARPS,
         )
     return out
 
@@ -129,10 +128,10 @@ def gated_linear(
             cut.splits,
             cut.rows,
             cut.channels,
-            cut.step,
+            CHUNK,
             **sandbox.overlapping(y.device),
-            num_stages=cut.stages,
-            num_warps=cut.warps,
+            num_stages=STAGES,
+            num_warps=WARPS,
         )
     return out
 

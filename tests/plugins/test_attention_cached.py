@@ -78,15 +78,15 @@ def test_interpreted_it_gives_what_the_formula_gives():
 @pytest.mark.parametrize(
     ("sizes", "found"),
     [
-        ((2048, 1, 1, 64, torch.bfloat16), (16, 32, 4)),
-        ((2048, 25, 55, 64, torch.bfloat16), (32, 64, 4)),
-        ((2048, 36, 91, 64, torch.bfloat16), (64, 128, 4)),
-        ((2048, 169, 424, 64, torch.bfloat16), (64, 64, 4)),  # 3 tiles, not 2 of which one is empty
-        ((2048, 256, 680, 64, torch.bfloat16), (64, 64, 4)),
-        ((32, 256, 680, 64, torch.bfloat16), (64, 64, 4)),  # 128 programs, not 64
-        ((32, 100, 255, 64, torch.bfloat16), (32, 128, 4)),
-        ((32, 100, 255, 128, torch.bfloat16), (32, 64, 4)),
-        ((2048, 256, 680, 64, torch.float32), (32, 32, 4)),
+        ((2048, 1, 1, 64, torch.bfloat16), (16, 32)),
+        ((2048, 25, 55, 64, torch.bfloat16), (32, 64)),
+        ((2048, 36, 91, 64, torch.bfloat16), (64, 128)),
+        ((2048, 169, 424, 64, torch.bfloat16), (64, 64)),  # 3 tiles, not 2 of which one is empty
+        ((2048, 256, 680, 64, torch.bfloat16), (64, 64)),
+        ((32, 256, 680, 64, torch.bfloat16), (64, 64)),  # 128 programs, not 64
+        ((32, 100, 255, 64, torch.bfloat16), (32, 128)),
+        ((32, 100, 255, 128, torch.bfloat16), (32, 64)),
+        ((2048, 256, 680, 64, torch.float32), (32, 32)),
     ],
 )
 def test_tiles_are_as_large_as_fills_them_and_the_gpu(sizes, found):

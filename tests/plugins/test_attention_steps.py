@@ -189,7 +189,7 @@ def test_without_triton_it_refuses(monkeypatch):
     assert "triton is not there" in steps._untried.__wrapped__(*KIND)
 
 
-def test_what_watches_all_operations_sees_an_operator():
+def test_what_watches_all_operations_sees_sdpa():
     from torch.utils.flop_counter import FlopCounterMode
 
     q, k, v, _ = drawn(1, 2, (1, 4), 16, torch.float32)

@@ -60,6 +60,32 @@ def test_a_sure_winner_may_be_drawn_and_most_winners_are_sure(wishes):
         assert sure[:100].float().mean() > 0.8 * kept[:100].float().mean()
 
 
+@pytest.mark.parametrize("least", [-1e4, -torch.inf])
+def test_winners_are_sure_whatever_the_least_logit_is(least):
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = least
+    uniform = torch.rand(
+        logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    assert race.winners(logits, uniform, 900, 0.96)[1].float().mean() > 0.9
+
+
+def test_one_row_nan_and_what_is_without_bounds_are_drawn_as_plainly():
+    (row, *_), bad = some_logits().flatten(0, 1), some_logits()
+    bad[0, :, 3], bad[1, :, 4] = torch.nan, torch.inf
+    for wishes in WISHES:
+        for logits in (row, bad):
+            assert torch.equal(*(drawn(wishes, logits, fused)[0] for fused in (False, True)))
+
+
+def test_exponential_noise_is_made_of_the_uniform_numbers_that_are_taken_for_it():
+    """What torch does within is nobody's promise: where this fails, `race` draws otherwise."""
+    noise, uniform = torch.empty(5, 700), torch.empty(5, 700, dtype=torch.float64)
+    noise.exponential_(generator=torch.Generator().manual_seed(2))
+    uniform.uniform_(generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(noise.double(), -torch.log1p(-uniform), rtol=1e-5, atol=1e-9)
+
+
 def test_what_is_not_sure_alone_is_searched(monkeypatch):
     searched = []
 

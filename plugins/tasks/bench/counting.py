@@ -30,7 +30,7 @@ HOW = {
     "first_seconds": "the first call, with all that is set up then: compiled kernels and "
     "attention's picks where there were none before, and a generation's CUDA graph",
     "ended_seconds": "since the measurement began, as `began_seconds` (which is when the row "
-    "before ended): what a row took beyond its calls, it compiled or counted",
+    "before ended): what a row took beyond its calls, it compiled or counted, or a trace was made",
     "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",
     "kernels": "with `profile`, what ran on the device in one call more (on a CPU, operators), the "
     "60 that took longest; `kernels_seconds` is what all took, roughly the row's seconds less the "

@@ -4,7 +4,8 @@ What measures is a generator that stops after every row, so all that is known by
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -111,8 +112,9 @@ class Bench:
             "settings": self.params.model_dump(mode="json"),
             "how_counted": HOW,
         }
-        for _ in self._measure(run, found):
-            sandbox.write_json(run.folder / JSON, found)
+        with closing(self._measure(run, found)) as measuring:  # puts weights back, come what may
+            for _ in measuring:
+                sandbox.write_json(run.folder / JSON, found)
         title = f"{run.settings('generator').get('name', 'no generator')} on {found['device']}"
         drawn = plot(run.folder / PICTURE, found["generation"], title)
         files = [JSON] + [PICTURE] * drawn + [TRACE] * (run.folder / TRACE).exists()
@@ -125,7 +127,7 @@ class Bench:
             "files": ", ".join(str(run.folder / name) for name in files),
         }
 
-    def _measure(self, run: sandbox.Run, found: dict[str, Any]) -> Iterator[None]:
+    def _measure(self, run: sandbox.Run, found: dict[str, Any]) -> Generator[None, None, None]:
         """Fill `found`, stopping after every row, and where it is complete."""
         clock, absent, start = Clock(run.device), dict[str, str](), perf_counter()
         found |= {"complete": False, **{part: [] for part in PARTS}, "left_out": absent}
