@@ -92,16 +92,7 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    step_lens: list[int],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout: Tensor, q: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
     return _beside(q), _beside(q), _beside(q)
 
 
