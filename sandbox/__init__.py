@@ -45,7 +45,7 @@ _HOME = {
     "pictures": ["to_rgb"],
     "precision": ["exact_float32", "float32_products", "products_of_float32"],
     "provenance": ["chose", "device_name", "memory_bytes"],
-    "rendering": ["refresh", "render"],
+    "rendering": ["quickened", "refresh", "render"],
     "replay": ["NotRecorded", "Recording", "Recordings", "held", "places", "versions"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],

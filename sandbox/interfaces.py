@@ -35,7 +35,11 @@ class ScaleSchedule(Protocol):
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """Images to a feature map and back; an `nn.Module`. Built as `Class(params)`."""
+    """Images to a feature map and back; an `nn.Module`. Built as `Class(params)`.
+
+    It may also have `quicken() -> bool`, of a copy that gives no gradients: whether it codes by
+    fast kernels from then on; called again where weights have changed.
+    """
 
     code_dim: int
     downsample: int
@@ -81,7 +85,6 @@ class Tokenizer(Protocol):
 
     A *canvas* is the feature map that the steps so far add up to, `b c h w`. A step's *context* is
     what the backbone reads before it predicts that step: always code vectors, zeros at the first.
-
     It may also have `fused`, False at first: whether `render` may run kernels compiled for it
     (`sandbox.render` has them for any autoencoder), whose results differ in the last digits.
     """
@@ -148,7 +151,6 @@ class TrainableTokenizer(Tokenizer, Protocol):
 @runtime_checkable
 class AttentionBackend(Protocol):
     """Computes attention, or says why it cannot; never ignores a mask. Built as `Class(params)`.
-
     One may also have `rehearse(q, k, v, mask, scale)`, which gives nothing: a backbone calls it
     before compiled code attends to tensors like these, since a backend cannot measure in there.
     """
@@ -175,7 +177,6 @@ class Backbone(Protocol):
     them all at once: `features(contexts, labels)` gives a tuple of tensors whose first axis is b,
     and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
     backbone compiles what is slow in `features`.
-
     It may also have `fused`, False at first: whether steps may run kernels compiled for it (results
     differ in the last digits), and `refresh()`, for copies of weights that recordings read.
     """
@@ -200,7 +201,6 @@ class Backbone(Protocol):
 @runtime_checkable
 class Sampler(Protocol):
     """Logits to ids; `progress` is 0 at the first step, 1 at the last. Built as `Class(params)`.
-
     A sampler may also have `soften(logits, progress, rng) -> Float["b n v"]`: weights over the
     vocabulary whose mean code is painted in place of the drawn one; and `fused`, as a backbone has.
     """

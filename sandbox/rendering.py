@@ -9,7 +9,7 @@ else makes an autoencoder (its settings, the code it runs) is that of the first 
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from sandbox.compiler import compiling, fastest_convolutions
 from sandbox.interfaces import Autoencoder
 
 _PRODUCTS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-_Copies = dict[tuple[torch.dtype | None, torch.device, tuple[torch.dtype, ...]], nn.Module]
+_Copies = dict[tuple[torch.dtype | None, torch.device, tuple[torch.dtype, ...]], "_Copy"]
 _copies: WeakKeyDictionary[nn.Module, _Copies] = WeakKeyDictionary()
 """By the type (None: their own) and the place of what the copies multiply, and the types of the
 weights themselves; recordings read them, so they stay."""
@@ -37,8 +37,22 @@ def render(
     if not fused:
         return _images(autoencoder, features)
     # Of the several modes without gradients always the same one, or it would be built for each.
-    with fastest_convolutions(), compiling(), torch.inference_mode(False), torch.no_grad():
-        return fused_images()(_ready(autoencoder, features.device), features)
+    with fastest_convolutions(), torch.inference_mode(False), torch.no_grad():
+        ready, quick = _ready(autoencoder, features.device)
+        if quick:
+            return _images(ready, features)
+        with compiling():
+            return fused_images()(ready, features)
+
+
+def quickened(autoencoder: Autoencoder, device: torch.device) -> Autoencoder | None:
+    """A copy that codes by kernels of its own, in the precision that autocast is now set to.
+
+    It gives no gradients, and keeps the weights as they are now. None where it has no such kernels.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        ready, quick = _ready(autoencoder, device)
+    return ready if quick else None
 
 
 def refresh(autoencoder: nn.Module) -> None:
@@ -47,7 +61,7 @@ def refresh(autoencoder: nn.Module) -> None:
     For any module: of what was never rendered there is nothing.
     """
     for copied in _copies.get(autoencoder, {}).values():
-        _copy_weights(autoencoder, copied)
+        copied.refresh(autoencoder)
 
 
 @cache
@@ -62,45 +76,48 @@ def _images(
     return autoencoder.decode(features).float().clamp(-1, 1).contiguous()
 
 
-def _ready(autoencoder: Autoencoder, device: torch.device) -> Autoencoder:
-    """The autoencoder or its copy, with the weights as they are."""
+def _ready(autoencoder: Autoencoder, device: torch.device) -> tuple[Autoencoder, bool]:
+    """The autoencoder or its copy, with the weights as they are; whether by kernels of its own."""
     half = torch.is_autocast_enabled(device.type)
     if not isinstance(autoencoder, nn.Module) or not (half or device.type == "cuda"):
-        return autoencoder
+        return autoencoder, False
     dtypes = tuple(tensor.dtype for tensor in _tensors(autoencoder))
     key = torch.get_autocast_dtype(device.type) if half else None, device, dtypes
     mine = _copies.setdefault(autoencoder, {})
     if key not in mine:
-        mine[key] = _copy_of(autoencoder, key[0])
+        mine[key] = _Copy(autoencoder, key[0])
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        _copy_weights(autoencoder, mine[key])
-    ready: Any = mine[key]
-    return cast(Autoencoder, ready)
+        mine[key].refresh(autoencoder)
+    return mine[key].module, mine[key].quick
 
 
-def _copy_of(autoencoder: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """With what multiplies in `dtype`, as autocast has it, and channels together.
+class _Copy:
+    """An autoencoder to code with: what multiplies is in `dtype`, as autocast has it, and channels
+    lie together; by kernels of its own (`quick`) where it has some.
 
     The order matters: for weights in the other one, which the compiler turns around by itself,
     cuDNN took a kernel for a decoder's last convolution half as long as all others together.
     """
-    copied = copy.deepcopy(autoencoder).requires_grad_(False)
-    if dtype is not None:
-        for module in copied.modules():
-            if isinstance(module, _PRODUCTS):
-                module.to(dtype)
-    for parameter in copied.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return copied
 
+    def __init__(self, autoencoder: nn.Module, dtype: torch.dtype | None) -> None:
+        self.module: Any = copy.deepcopy(autoencoder).requires_grad_(False)
+        self.quick = False
+        if dtype is not None:
+            for module in self.module.modules():
+                if isinstance(module, _PRODUCTS):
+                    module.to(dtype)
+        for parameter in self.module.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
-def _copy_weights(autoencoder: nn.Module, copied: nn.Module) -> None:
-    with torch.inference_mode(False), torch.no_grad():
-        for mine, theirs in zip(_tensors(copied), _tensors(autoencoder), strict=True):
-            mine.copy_(theirs, non_blocking=True)
-    for own, original in zip(copied.modules(), autoencoder.modules(), strict=True):
-        own.training = original.training
+    def refresh(self, autoencoder: nn.Module) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for mine, theirs in zip(_tensors(self.module), _tensors(autoencoder), strict=True):
+                mine.copy_(theirs, non_blocking=True)
+            for own, original in zip(self.module.modules(), autoencoder.modules(), strict=True):
+                own.training = original.training
+            if quicken := getattr(self.module, "quicken", None):
+                self.quick = not autoencoder.training and quicken()
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

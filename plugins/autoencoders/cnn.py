@@ -4,6 +4,10 @@ Its state dict is that of the VAR tokenizer's encoder, decoder and the two convo
 quantizer.
 """
 
+from functools import cache
+from types import ModuleType
+
+import torch
 from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -11,6 +15,7 @@ from torch.nn import functional as F
 
 import sandbox
 
+from .doubling import double
 from .layers import NUM_GROUPS, Attention, Downsample, ResBlock, Upsample, conv3, normalisation
 
 
@@ -55,12 +60,54 @@ class CNN(nn.Module):
         self.encoder, self.decoder = Encoder(params), Decoder(params)
         self.quant_conv = conv3(self.code_dim, self.code_dim)
         self.post_quant_conv = conv3(self.code_dim, self.code_dim)
+        self._doubled: dict[Upsample, Tensor] | None = None
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        if self._doubled is not None:
+            from . import quick
+
+            return quick.encode(self, images)
         return self.quant_conv(self.encoder(images))
 
     def decode(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        if self._doubled is not None:
+            from . import quick
+
+            return quick.decode(self, features, self._doubled)
         return self.decoder(self.post_quant_conv(features))
+
+    def quicken(self) -> bool:
+        """Code by the kernels of `quick` from now on, with the weights as they are: on a GPU only.
+
+        Called again, it takes note of weights that have changed.
+        """
+        weights = {each: each.conv.weight for each in self.modules() if isinstance(each, Upsample)}
+        first = self.quant_conv.weight
+        if _quick(first.device, first.dtype) is None:
+            return False
+        doubled = {up: double(weight) for up, weight in weights.items()}
+        if self._doubled is None:
+            self._doubled = doubled
+        for up, kept in self._doubled.items():  # recordings read where they lie
+            kept.copy_(doubled[up])
+        return True
+
+
+@cache
+def _quick(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module `quick`, after a trial: triton may be missing, or the compiler that it needs."""
+    if device.type != "cuda":
+        return None
+
+    def trial() -> ModuleType:
+        from . import quick
+
+        maps = torch.zeros(1, NUM_GROUPS, 2, 2, dtype=dtype, device=device)
+        norm = normalisation(NUM_GROUPS).to(device)
+        quick.normed(quick.Sum(maps.contiguous(memory_format=torch.channels_last)), norm, silu=True)
+        return quick
+
+    return sandbox.tried(trial, "an autoencoder without its Triton kernels")
 
 
 class Encoder(nn.Module):

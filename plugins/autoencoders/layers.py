@@ -55,60 +55,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides; to draw on a GPU, compiled, without making the doubled map."""
+    """Doubles the sides."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = conv3(width, width)
 
     def forward(self, x: Float[Tensor, "b d h w"]) -> Tensor:
-        if _drawing(x):
-            return doubled_conv(x, self.conv.weight, self.conv.bias)
         return self.conv(_doubled(x))
-
-
-def doubled_conv(
-    x: Float[Tensor, "b d h w"], weight: Float[Tensor, "e d 3 3"], bias: Float[Tensor, " e"]
-) -> Float[Tensor, "b e hh ww"]:
-    """A 3 x 3 convolution (padding 1) of the map with every pixel four times, made of the map.
-
-    Rows 2i - 1, 2i, 2i + 1 of the doubled map are rows i - 1, i, i of the map, and those around
-    2i + 1 are i, i, i + 1. So each parity of row and column sees 2 x 2 pixels, through sums of the
-    weights: one convolution gives all four, for 4/9 of the products. The sums are taken in float32
-    at least and rounded once, to the weights' type.
-    """
-    sums = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    for axis in (2, 4):  # what was 3 wide becomes two parities by two pixels
-        first, middle, last = sums.unbind(axis)
-        odd, even = (first + middle, last), (first, middle + last)
-        sums = torch.stack([torch.stack(each, axis) for each in (odd, even)], axis)
-    sums = rearrange(sums, "e d p y q x -> (p q e) d y x").to(weight.dtype)
-    # Channels together, as rendering keeps weights, or the convolution is a slow one.
-    sums = sums.contiguous(memory_format=torch.channels_last)
-    parts = F.conv2d(x, sums, bias.repeat(4), padding=1)
-    return interleaved(parts)
-
-
-@torch.library.custom_op("var_sandbox::interleaved", mutates_args=())
-def interleaved(parts: Tensor) -> Tensor:
-    """The doubled map `b e hh ww`, channels together, of its four parities `b (2 2 e) h w`.
-
-    With odd rows and columns first, these make the doubled map and one pixel more around it, which
-    is left out. An operator of its own: the compiler would make the map anew for whatever reads it,
-    from where no neighbours lie side by side, four times as slowly as it lies.
-    """
-    if parts.is_cuda:
-        from .interleaving import interleave
-
-        return interleave(parts)
-    whole = rearrange(parts, "b (p q e) h w -> b (h p) (w q) e", p=2, q=2)
-    return rearrange(whole[:, 1:-1, 1:-1].contiguous(), "b h w e -> b e h w")
-
-
-@interleaved.register_fake
-def _(parts: Tensor) -> Tensor:
-    b, e, h, w = parts.shape
-    return parts.new_empty(b, 2 * h - 2, 2 * w - 2, e // 4).permute(0, 3, 1, 2)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -131,11 +85,6 @@ class GroupNorm(nn.GroupNorm):
             shift = self.bias.unflatten(0, (self.num_groups, -1)) - mean * scale
             scale, shift = (each.flatten(1)[:, :, None, None] for each in (scale, shift))
             return x.float() * scale + shift
-
-
-def _drawing(x: Tensor) -> bool:
-    """Whether this is compiled for a GPU, and for no gradients."""
-    return torch.compiler.is_compiling() and x.is_cuda and not torch.is_grad_enabled()
 
 
 def _doubled(x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d hh ww"]:

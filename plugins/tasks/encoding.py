@@ -4,12 +4,12 @@ The one thing to hold in mind: the precision is that of encoder and decoder alon
 its lookups in exact float32 by itself (`sandbox.exact_float32`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sandbox
 
@@ -44,7 +44,8 @@ def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator
     """Many batches of one size, within this context; their precision is to be set within it too.
 
     Where the tokenizer has an `autoencoder`, its convolutions lie in a GPU's fastest memory order;
-    `compiled`, its halves are built for that size. They round otherwise, as any other kernel does.
+    `compiled`, its halves run by kernels of their own, with the weights as they are at the first
+    batch, or are built for that size. They round otherwise, as any other kernel does.
     """
     autoencoder = getattr(tokenizer, "autoencoder", None)
     if not isinstance(autoencoder, nn.Module):
@@ -55,6 +56,22 @@ def in_bulk(tokenizer: Any, device: torch.device, *, compiled: bool) -> Iterator
         if compiled:
             stack.enter_context(sandbox.compiling())
             for name in ("encode", "decode"):
-                built = torch.compile(getattr(autoencoder, name), dynamic=False)
-                stack.enter_context(replaced(autoencoder, name, built))
+                stack.enter_context(replaced(autoencoder, name, _quickest(autoencoder, name)))
         yield
+
+
+def _quickest(autoencoder: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """A half of the autoencoder, by its own kernels where it has some for such a call."""
+    built = torch.compile(getattr(autoencoder, name), dynamic=False)
+    ready: dict[torch.dtype | None, Any] = {}
+
+    def code(maps: Tensor) -> Tensor:
+        kind = maps.device.type
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if torch.is_grad_enabled():
+            return built(maps)
+        if half not in ready:
+            ready[half] = sandbox.quickened(autoencoder, maps.device)
+        return built(maps) if ready[half] is None else getattr(ready[half], name)(maps)
+
+    return code

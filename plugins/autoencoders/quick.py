@@ -1,0 +1,94 @@
+"""The autoencoder `cnn` on a GPU, without gradients: convolutions, and kernels between them.
+
+The one idea to hold: a convolution adds nothing. What it would add, and what stands beside its
+branch, is handed on as a `Sum`, which whatever reads it next adds up as it reads. Nothing is
+compiled for a size, and a map is doubled within the convolution that reads it.
+
+Imported only for maps on a GPU, as its kernels are.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .interleaving import interleave
+from .norms import Sum, added, normed
+
+if TYPE_CHECKING:
+    from .cnn import CNN, Level, Mid
+    from .layers import Attention, ResBlock, Upsample
+
+
+def encode(cnn: "CNN", images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+    """`CNN.encode`, of images in any order of memory, in the type of the convolutions' weights."""
+    encoder = cnn.encoder
+    maps = _convolved(encoder.conv_in, _laid_out(images, encoder.conv_in))
+    for level in encoder.down:
+        maps = _level(level, maps)
+        if isinstance(level.downsample, nn.Identity):
+            continue
+        conv = level.downsample.conv
+        maps = Sum(F.conv2d(added(maps, pad=True), conv.weight, stride=2), conv.bias)
+    _, read = normed(_middle(encoder.mid, maps), encoder.norm_out, silu=True)
+    return cnn.quant_conv(encoder.conv_out(read))
+
+
+def decode(
+    cnn: "CNN", features: Float[Tensor, "b c h w"], doubled: "dict[Upsample, Tensor]"
+) -> Float[Tensor, "b 3 H W"]:
+    """`CNN.decode`, in the type of the convolutions' weights, with those of `double`."""
+    decoder = cnn.decoder
+    maps = _convolved(decoder.conv_in, cnn.post_quant_conv(_laid_out(features, decoder.conv_in)))
+    maps = _middle(decoder.mid, maps)
+    for level in reversed(decoder.up):
+        maps = _level(level, maps)
+        if not isinstance(level.upsample, nn.Identity):
+            parts = F.conv2d(added(maps), doubled[level.upsample], padding=1)
+            maps = Sum(interleave(parts), level.upsample.conv.bias)
+    _, read = normed(maps, decoder.norm_out, silu=True)
+    return decoder.conv_out(read)
+
+
+def _middle(mid: "Mid", maps: Sum) -> Sum:
+    return _block(mid.block_2, _attended(mid.attn_1, _block(mid.block_1, maps)))
+
+
+def _level(level: "Level", maps: Sum) -> Sum:
+    for block, attn in zip(level.block, level.attn, strict=True):
+        maps = _attended(attn, _block(block, maps))
+    return maps
+
+
+def _block(block: "ResBlock", maps: Sum) -> Sum:
+    x, read = normed(maps, block.norm1, silu=True)
+    _, read = normed(_convolved(block.conv1, read), block.norm2, silu=True)
+    branch = _convolved(block.conv2, read)
+    if isinstance(block.nin_shortcut, nn.Identity):
+        return Sum(*x[:2], *branch[:2])
+    short = block.nin_shortcut
+    bias = short.bias
+    if x.first_bias is not None:
+        bias = F.linear(x.first_bias, short.weight.flatten(1), bias)
+    return Sum(F.conv2d(x.first, short.weight), bias, *branch[:2])
+
+
+def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
+    if isinstance(attn, nn.Identity):
+        return maps
+    x, read = normed(maps, attn.norm, silu=False)
+    q, k, v = rearrange(attn.qkv(read), "b (qkv d) h w -> qkv b (h w) d", qkv=3)
+    weights = (torch.bmm(q, k.mT) * q.shape[2] ** -0.5).softmax(dim=2, dtype=torch.float32)
+    seen = rearrange(torch.bmm(weights.to(v.dtype), v), "b (h w) d -> b d h w", h=read.shape[2])
+    return Sum(*x[:2], F.conv2d(seen, attn.proj_out.weight), attn.proj_out.bias)
+
+
+def _convolved(conv: nn.Conv2d, maps: Float[Tensor, "b d h w"]) -> Sum:
+    return Sum(F.conv2d(maps, conv.weight, padding=conv.padding), conv.bias)
+
+
+def _laid_out(maps: Tensor, conv: nn.Conv2d) -> Tensor:
+    return maps.to(conv.weight.dtype, memory_format=torch.channels_last)
