@@ -19,9 +19,7 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Layout, Part, Reconstruction
 
-from . import published_tokenizer
-from .dropout import disturbed, kept_scales
-from .estimators import ESTIMATORS
+from . import published_tokenizer, quantizing
 from .pyramid import Pyramid, phi_of_step
 
 
@@ -100,7 +98,7 @@ class VarTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Int[Tensor, "b l"]:
         """Raises ValueError unless the images have `image_size`."""
-        return torch.cat(self._quantize(self.features(images))[0], dim=1)
+        return torch.cat(quantizing.quantized(self, self.features(images)).ids, dim=1)
 
     def features(
         self, images: Float[Tensor, "b 3 H W"], encode: Callable[..., Tensor] | None = None
@@ -123,16 +121,7 @@ class VarTokenizer(nn.Module):
         What is left over after that is left to the later scales, whose right ids so make up for
         mistakes in earlier ones (bitwise self-correction, arXiv 2412.04431, for any codebook).
         """
-        rest, found, right = features.float(), [], []
-        with sandbox.exact_float32(features.device):
-            for step in range(len(self.layout.steps)):
-                shrunk = self.pyramid.shrink(rest, step)
-                for maps, ids in ((shrunk, right), (disturbed(shrunk, noise), found)):
-                    vectors = rearrange(maps, "b c h w -> (b h w) c")
-                    nearest = self.codebook.nearest(vectors)
-                    ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
-                rest = rest - self._grow(self.embed(found[-1]), step)
-        return torch.cat(found, dim=1), torch.cat(right, dim=1)
+        return quantizing.corrected(self, features, noise)
 
     @torch.no_grad()
     def decode(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b 3 H W"]:
@@ -153,12 +142,19 @@ class VarTokenizer(nn.Module):
         """An empty canvas."""
         return self.hits.new_zeros(batch_size, self.code_dim, *self.layout.size)
 
+    def grow(self, codes: Float[Tensor, "b n c"], step: int) -> Float[Tensor, "b c h w"]:
+        """One step's codes as a map of full size, sharpened by its convolution."""
+        maps = self.pyramid.grow(codes, step)
+        if not self.phi_of_step:
+            return maps
+        return maps.lerp(self.phi[self.phi_of_step[step]](maps), self.params.quant_resi)
+
     def paint(
         self, canvas: Float[Tensor, "b c h w"], codes: Float[Tensor, "b n c"], step: int
     ) -> Float[Tensor, "b c h w"]:
         """The canvas with one step's codes grown and added; the one given is left as it was."""
         with sandbox.exact_float32(canvas.device):
-            return canvas + self._grow(codes.float(), step)
+            return canvas + self.grow(codes.float(), step)
 
     def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
         """The canvas of the steps before, shrunk to this step's map; of an empty one, zeros."""
@@ -176,7 +172,7 @@ class VarTokenizer(nn.Module):
         Raises ValueError where the codebook finds too few images, or features that are not finite.
         """
         features = torch.cat([self.features(images) for images in batches])
-        self._quantize(features, seed=True)
+        quantizing.quantized(self, features, seed=True)
 
     def reconstruct(self, images: Float[Tensor, "b 3 H W"]) -> Reconstruction:
         """Encode, quantize, decode with gradients.
@@ -216,14 +212,14 @@ class VarTokenizer(nn.Module):
     def residual_energy(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " k"]:
         """The share of the features' variance that is still missing after each scale."""
         features = self.features(images)
-        canvases = self._quantize(features)[1]
+        canvases = quantizing.quantized(self, features).canvases
         missing = torch.stack([F.mse_loss(canvas, features) for canvas in canvases])
         return missing / features.var(correction=0)
 
     @torch.no_grad()
     def residual_vectors(self, images: Float[Tensor, "b 3 H W"]) -> list[Float[Tensor, "n c"]]:
         """What each scale's lookup sees: the features left over, shrunk to its cells."""
-        return self._quantize(self.features(images))[2]
+        return quantizing.quantized(self, self.features(images)).vectors
 
     def from_published(self, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """A published tokenizer's weights under our names; None where the names are not those.
@@ -244,67 +240,8 @@ class VarTokenizer(nn.Module):
         """What can be read off a state dict (with our names), in plain words."""
         return published_tokenizer.describe(state)
 
-    def _judged(
-        self, features: Float[Tensor, "b c h w"]
-    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """What the decoder reads, the quantizer's loss, the ids, and the vectors looked up."""
-        p, kept, noise, num_scales = self.params, None, None, len(self.layout.steps)
-        if self.training and (p.scale_dropout or p.prefix_dropout):
-            rates = p.scale_dropout, p.prefix_dropout
-            kept = kept_scales(features, num_scales, *rates, p.prefix_min)
-        if self.training and p.lookup_noise:
-            noise = p.lookup_noise * torch.rand(len(features), device=features.device)
-        ids, canvases, vectors = self._quantize(features, kept=kept, noise=noise)
-        target = features.detach()
-        loss = torch.stack(
-            [
-                F.mse_loss(canvas, target) + p.beta * F.mse_loss(canvas.detach(), features)
-                for canvas in canvases
-            ]
-        ).mean()
-        if penalty := getattr(self.codebook, "penalty", None):
-            before = [torch.zeros_like(target), *(canvas.detach() for canvas in canvases[:-1])]
-            loss = loss + penalty(
-                [
-                    rearrange(self.pyramid.shrink(features - seen, k), "b c h w -> (b h w) c")
-                    for k, seen in enumerate(before)
-                ]
-            )
-        return ESTIMATORS[p.estimator](features, canvases[-1]), loss, ids, vectors
-
-    def _quantize(
-        self,
-        features: Float[Tensor, "b c h w"],
-        seed: bool = False,
-        kept: Float[Tensor, "k b"] | None = None,
-        noise: Float[Tensor, " b"] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per step: ids (`b n`), the canvas after it (`b c h w`) and the vectors (`(b n) c`).
-
-        Gradients flow from the canvases to codes and phi, never through the residuals. Where
-        `kept` is 0 a scale of an image adds nothing. With `noise` the canvases are of the codes of
-        a disturbed lookup; the ids stay those of the vectors.
-        """
-        rest, canvas = features.detach(), self.canvas(len(features))
-        ids, canvases, vectors = [], [], []
-        with sandbox.exact_float32(features.device):
-            for step in range(len(self.layout.steps)):
-                shrunk = self.pyramid.shrink(rest, step)
-                vectors.append(rearrange(shrunk, "b c h w -> (b h w) c"))
-                if seed:
-                    self.codebook.seed(vectors[-1], step, len(self.layout.steps))
-                nearest = self.codebook.nearest(vectors[-1])
-                ids.append(rearrange(nearest, "(b n) -> b n", b=len(features)))
-                if noise is not None:
-                    others = rearrange(disturbed(shrunk, noise), "b c h w -> (b h w) c")
-                    nearest = self.codebook.nearest(others)
-                codes = self.codebook.embed(rearrange(nearest, "(b n) -> b n", b=len(features)))
-                grown = self._grow(codes, step)
-                if kept is not None:
-                    grown = grown * kept[step, :, None, None, None]
-                canvas, rest = canvas + grown, rest - grown.detach()
-                canvases.append(canvas)
-        return ids, canvases, vectors
+    def _judged(self, features: Float[Tensor, "b c h w"]) -> quantizing.Judged:
+        return quantizing.judged(self, features)
 
     def _canvases(self, ids: Int[Tensor, "b l"]) -> Iterator[Float[Tensor, "b c h w"]]:
         """The canvas before each step, then the one after the last."""
@@ -315,12 +252,6 @@ class VarTokenizer(nn.Module):
             yield canvas
             canvas = self.paint(canvas, self.embed(ids[:, span]), step)
         yield canvas
-
-    def _grow(self, codes: Float[Tensor, "b n c"], step: int) -> Float[Tensor, "b c h w"]:
-        maps = self.pyramid.grow(codes, step)
-        if not self.phi_of_step:
-            return maps
-        return maps.lerp(self.phi[self.phi_of_step[step]](maps), self.params.quant_resi)
 
     @torch.no_grad()
     def _count(self, ids: list[Tensor]) -> None:
