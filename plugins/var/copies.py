@@ -50,6 +50,20 @@ def own(network: "VAR", dtype: torch.dtype) -> Weights:
     return Weights(network.word_embed, blocks, biases, network.places().to(dtype))
 
 
+def current(network: "VAR", dtype: torch.dtype) -> Weights:
+    """Copies in `dtype`, if need be: made once for a place of the weights, brought up to date by
+    every call that no graph records."""
+    weight, made = network.word_embed.weight, network._cast
+    if dtype == weight.dtype:
+        return own(network, dtype)
+    key = dtype, weight.device
+    if key not in made:
+        made[key] = cast(network, dtype)
+    if weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        refresh(made[key], network)
+    return made[key]
+
+
 @torch.no_grad()
 def cast(network: "VAR", dtype: torch.dtype) -> Weights:
     """Copies in `dtype`, as autocast has them; they are no inference tensors."""

@@ -5,10 +5,8 @@ so next-scale and raster prediction are the same network. Parameters are called 
 checkpoints, so those load as they are; only buffers, all computed here, are left out.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +20,8 @@ from torch.utils.checkpoint import checkpoint
 import sandbox
 from sandbox import Mask, Part, Tokens
 
-from . import copies, fused, published_model
+from . import copies, initial, published_model, stepwise
 from .blocks import Block, HeadNorm, with_drop_path
-
-
-@dataclass
-class State:
-    """What stepwise prediction remembers: the weights, what a label makes of each block and of the
-    head, and each block's keys and values so far."""
-
-    weights: copies.Weights
-    cond: Float[Tensor, "b d"]
-    modulations: list[Float[Tensor, "b 1 6 d"]]
-    head: Float[Tensor, "b 1 2 d"]
-    caches: list[Float[Tensor, "2 b heads l e"]]
-    next_step: int = 0
 
 
 class VAR(nn.Module):
@@ -107,8 +92,8 @@ class VAR(nn.Module):
             self.register_buffer("level", layout.level_of(), persistent=False)
         self.mask = Mask(layout.lens)
         self.fused = False
-        self._cast: dict[Any, copies.Weights] = {}  # by type and place; no part of the state
-        self._initialise()
+        self._cast: dict[Any, copies.Weights] = {}  # of `copies`; no part of the state
+        initial.initialise(self)
 
     def forward(
         self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"]
@@ -196,43 +181,23 @@ class VAR(nn.Module):
         for block in self.blocks:
             block.compile(*args, **{"dynamic": False, **kwargs})
 
-    def begin(self, labels: Int[Tensor, " b"]) -> State:
+    def begin(self, labels: Int[Tensor, " b"]) -> stepwise.State:
         """A fresh state; its cache has room for the whole sequence from the start."""
-        cond = self.class_emb(labels)
-        dtype, (b, d) = self._dtype(), cond.shape
-        heads = self.blocks[0].attn.num_heads
-        shape = 2, b, heads, self.tokens.layout.seq_len, d // heads
-        weights = self._weights(dtype)
-        begin = fused.begin if self.fused else VAR.modulations
-        modulations, head = begin(self, cond, weights.blocks)
-        caches = [cond.new_empty(shape, dtype=dtype) for _ in self.blocks]
-        return State(weights, cond, modulations, head, caches)
+        return stepwise.begin(self, self.class_emb(labels), self._dtype())
 
     def step(
-        self, state: State, context: Float[Tensor, "b n c"], step: int
+        self, state: stepwise.State, context: Float[Tensor, "b n c"], step: int
     ) -> Float[Tensor, "b n v"]:
         """The rows of `forward` that belong to one step. The first step's context is not read.
 
         Raises ValueError if the steps are not taken in order.
         """
-        if step != state.next_step:
-            raise ValueError(f"step {state.next_step} comes next, not step {step}")
-        span = self.tokens.layout.spans[step]
-        steps = fused.step if self.fused else VAR._step
-        logits = steps(self, state, context if step else None, span)
-        state.next_step += 1
-        return logits
+        return stepwise.step(self, state, context, step)
 
-    def _step(
-        self, state: State, context: Float[Tensor, "b n c"] | None, span: slice
-    ) -> Float[Tensor, "b n v"]:
-        weights = state.weights
-        x = self.read(state.cond, context) + weights.places[:, span]
-        for block, modulation, bias, cache in zip(
-            weights.blocks, state.modulations, weights.biases, state.caches, strict=True
-        ):
-            x = block.forward(x, modulation, Mask(), (cache, span, bias))
-        return self.predict(x, state.head)
+    def refresh(self) -> None:
+        """Bring the copies of the weights up to date, which a recorded generation reads."""
+        for cast in self._cast.values():
+            copies.refresh(cast, self)
 
     def no_weight_decay(self) -> set[str]:
         """Biases, scales, positions and levels, as published; class embeddings do decay."""
@@ -293,23 +258,6 @@ class VAR(nn.Module):
             return sandbox.float32_products(device, "tf32")
         return torch.autocast(device.type, enabled=False)
 
-    def refresh(self) -> None:
-        """Bring the copies of the weights up to date, which a recorded generation reads."""
-        for cast in self._cast.values():
-            copies.refresh(cast, self)
-
-    def _weights(self, dtype: torch.dtype) -> copies.Weights:
-        """What steps read: where `fused`, copies if need be, brought up to date by a call."""
-        weight = self.word_embed.weight
-        if not self.fused or dtype == weight.dtype:
-            return copies.own(self, dtype)
-        key = dtype, weight.device
-        if key not in self._cast:
-            self._cast[key] = copies.cast(self, dtype)
-        if weight.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            copies.refresh(self._cast[key], self)
-        return self._cast[key]
-
     def _head_modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
         with self._uncast(cond.device):
             return self.head_nm.modulation(cond.to(self.head.weight.dtype))
@@ -322,32 +270,3 @@ class VAR(nn.Module):
             return [block.modulation(active) for block in blocks]
         shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
         return [block.ada_gss + shared for block in self.blocks]
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """As published: small weights, near-silent residual branches, near-uniform logits.
-
-        The published code truncates these normals at 2, far outside of what they ever draw.
-        """
-        depth, width = self.params.depth, self.class_emb.embedding_dim
-        std = math.sqrt(1 / (3 * width))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.pos_start, std=std)
-        nn.init.normal_(self.pos_1LC, std=std)
-        self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
-        gamma = 1e-3 if depth < 24 else 1e-4 if depth < 30 else 1e-5
-        for block in self.blocks:
-            block.attn.proj.weight.div_(math.sqrt(2 * depth))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
-            # Of the six modulations, the first two gate the branches; the others scale and shift.
-            if self.params.shared_adaln:
-                block.ada_gss[:, :, :2].mul_(gamma)
-                block.ada_gss[:, :, 2:].mul_(0.5)
-            else:
-                block.ada_lin[1].weight[: 2 * width].mul_(gamma)
-                block.ada_lin[1].weight[2 * width :].mul_(0.5)
