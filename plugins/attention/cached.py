@@ -11,10 +11,7 @@ from torch import Tensor
 import sandbox
 from sandbox import AttentionRequest, Mask
 
-from .plain import SdpaAttention, kept, watched
-
-HEAD_DIMS = 16, 32, 64, 128
-DTYPES = torch.float16, torch.bfloat16, torch.float32
+from .plain import SdpaAttention, kept, kernels_limit, watched
 
 
 class CachedAttention(SdpaAttention):
@@ -25,13 +22,8 @@ class CachedAttention(SdpaAttention):
     """
 
     def limit(self, request: AttentionRequest) -> str | None:
-        if torch.device(request.device).type != "cuda":
-            return f"the kernel for a cache runs on CUDA devices only, not on {request.device}"
-        if request.dtype not in DTYPES:
-            return f"there is no kernel for a cache of {request.dtype}"
-        if request.head_dim not in HEAD_DIMS:
-            known = ", ".join(map(str, HEAD_DIMS))
-            return f"the kernel for a cache has heads of {known} channels, not {request.head_dim}"
+        if reason := kernels_limit(request, "for a cache"):
+            return reason
         if request.mask.kind != "full":
             return f"the kernel for a cache hides nothing, but the mask is: {request.mask.kind}"
         if request.needs_grad:

@@ -17,6 +17,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import sandbox
 from sandbox import AttentionRequest, Mask
 
+HEAD_DIMS = 16, 32, 64, 128
+DTYPES = torch.float16, torch.bfloat16, torch.float32
+"""What Triton kernels of our own are written for: channels of a head, and types."""
+
 
 class Attention(ABC):
     """What all backends share: the request is described, checked, then computed."""
@@ -94,6 +98,18 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> AttentionRequest:
         mask=mask,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)),
     )
+
+
+def kernels_limit(request: AttentionRequest, purpose: str) -> str | None:
+    """Why no Triton kernels of our own, `for steps` say, take such numbers at such a place."""
+    if torch.device(request.device).type != "cuda":
+        return f"the kernels {purpose} run on CUDA devices only, not on {request.device}"
+    if request.dtype not in DTYPES:
+        return f"there are no kernels {purpose} of {request.dtype}"
+    if request.head_dim not in HEAD_DIMS:
+        known = ", ".join(map(str, HEAD_DIMS))
+        return f"the kernels {purpose} have heads of {known} channels, not {request.head_dim}"
+    return None
 
 
 def _ill_formed(request: AttentionRequest) -> str | None:

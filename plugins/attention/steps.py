@@ -12,8 +12,7 @@ from torch import Tensor
 import sandbox
 from sandbox import AttentionRequest, Mask
 
-from .cached import DTYPES, HEAD_DIMS
-from .plain import SdpaAttention, kept, watched
+from .plain import SdpaAttention, kept, kernels_limit, watched
 
 
 class StepsAttention(SdpaAttention):
@@ -24,13 +23,8 @@ class StepsAttention(SdpaAttention):
     """
 
     def limit(self, request: AttentionRequest) -> str | None:
-        if torch.device(request.device).type != "cuda":
-            return f"the kernels for steps run on CUDA devices only, not on {request.device}"
-        if request.dtype not in DTYPES:
-            return f"there are no kernels for steps of {request.dtype}"
-        if request.head_dim not in HEAD_DIMS:
-            known = ", ".join(map(str, HEAD_DIMS))
-            return f"the kernels for steps have heads of {known} channels, not {request.head_dim}"
+        if reason := kernels_limit(request, "for steps"):
+            return reason
         if request.mask.kind != "steps":
             return f"the kernels for steps are for a mask of steps, not: {request.mask.kind}"
         return _untried(request.device, request.dtype, request.head_dim)

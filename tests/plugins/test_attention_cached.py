@@ -13,7 +13,7 @@ from processes import python
 
 from sandbox import AttentionRequest, Mask
 from sandbox.replay import Recording
-from sandbox_plugins.attention import CachedAttention, MathAttention, SdpaAttention, cached
+from sandbox_plugins.attention import CachedAttention, MathAttention, SdpaAttention, cached, plain
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -105,7 +105,7 @@ def test_the_kernel_is_not_imported_before_it_is_needed():
     ("change", "reason"),
     [
         ({"device": "cpu"}, "CUDA devices only, not on cpu"),
-        ({"dtype": torch.float64}, "no kernel for a cache of torch.float64"),
+        ({"dtype": torch.float64}, "no kernels for a cache of torch.float64"),
         ({"head_dim": 48}, "not 48"),
         ({"head_dim": 256}, "not 256"),
         ({"num_keys": 14, "mask": Mask((1, 4, 9))}, "the mask is: steps"),
@@ -155,7 +155,7 @@ def test_a_gpu_attends_to_every_step_of_the_published_schedule(dtype, rows):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("e", cached.HEAD_DIMS)
+@pytest.mark.parametrize("e", plain.HEAD_DIMS)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_a_gpu_attends_with_heads_and_tiles_of_all_sizes(dtype, e, rows):
     for n, p in [(1, 257), (5, 5), (17, 1000), (33, 64), (100, 129), (300, 128), (513, 700)]:

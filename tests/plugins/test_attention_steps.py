@@ -12,7 +12,7 @@ from processes import python
 from torch.utils.checkpoint import checkpoint
 
 from sandbox import AttentionRequest, Mask
-from sandbox_plugins.attention import MathAttention, SdpaAttention, StepsAttention, cached, steps
+from sandbox_plugins.attention import MathAttention, SdpaAttention, StepsAttention, plain, steps
 from sandbox_plugins.var.blocks import Block
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -200,7 +200,7 @@ def test_what_watches_all_operations_sees_sdpa():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("e", cached.HEAD_DIMS)
+@pytest.mark.parametrize("e", plain.HEAD_DIMS)
 def test_a_gpu_attends_with_heads_of_all_sizes(dtype, e):
     assert build().refusal(dataclasses.replace(REQUEST, dtype=dtype, head_dim=e)) is None
     for lens in [(1, 4, 9), STRADDLING, (1, 1, 127, 129), (64, 64, 128), (1, 300), (300, 1)]:
