@@ -183,7 +183,7 @@ def test_kernels_that_fail_their_trial_are_told_of_and_a_refusal():
 def test_without_triton_it_refuses(monkeypatch):
     import sandbox_plugins.attention as package
 
-    for name in ("steps_kernel", "steps_gradients"):
+    for name in ("steps_kernel", "steps_gradients", "steps_gradients_kernels"):
         monkeypatch.delattr(package, name, raising=False)
         monkeypatch.setitem(sys.modules, f"sandbox_plugins.attention.{name}", None)
     assert "triton is not there" in steps._untried.__wrapped__(*KIND)
@@ -261,12 +261,13 @@ def test_compiled_blocks_on_a_gpu_train_as_plain_ones():
 
 @pytest.mark.gpu
 def test_one_build_is_for_all_numbers_of_tokens_and_heads():
-    from sandbox_plugins.attention import steps_gradients, steps_kernel
+    from sandbox_plugins.attention import steps_gradients_kernels as pulling
+    from sandbox_plugins.attention import steps_kernel
 
     def built(*sizes):
         for b, heads, lens in sizes:
             attended(*drawn(b, heads, lens, 64, torch.bfloat16, "cuda"), lens, 1.0)
-        kernels = steps_kernel._look, steps_gradients._pull_queries, steps_gradients._pull_keys
+        kernels = steps_kernel._look, pulling.pull_queries, pulling.pull_keys
         return [sum(len(each[0]) for each in k.device_caches.values()) for k in kernels]
 
     before = built((2, 16, (1, 4, 9)))
