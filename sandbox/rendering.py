@@ -101,6 +101,8 @@ class _Copy:
 
     def __init__(self, autoencoder: nn.Module, dtype: torch.dtype | None) -> None:
         self.module: Any = copy.deepcopy(autoencoder).requires_grad_(False)
+        for name in ("encode", "decode"):  # what stands in their place for a while leads back here
+            vars(self.module).pop(name, None)
         self.quick = False
         if dtype is not None:
             for module in self.module.modules():

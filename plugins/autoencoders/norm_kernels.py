@@ -28,23 +28,23 @@ def sum_up(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    image = tl.program_id(1).to(tl.int64)
-    begin = tl.program_id(0) * share
+    part, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    begin = part * share
     end = tl.minimum(begin + share, pixels)
-    own = tl.arange(0, WIDTH)[None, :]
+    own = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
     first += image * pixels * D
     if second is not None:
         second += image * pixels * D
     if summed is not None:
         summed += image * (pixels // columns + PAD) * (columns + PAD) * D
     # Near all others of its channel, so that the squares of what is left over lose nothing.
-    middle = _value(first, first_bias, second, second_bias, begin, own, end, D, D)
+    middle = _value(first, first_bias, second, second_bias, begin, own, end, D)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     squares = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(begin, end, ROWS):
         pixel = start + tl.arange(0, ROWS)[:, None]
-        value = _value(first, first_bias, second, second_bias, pixel, own, end, D, D)
-        there = (pixel < end) & (own < D)
+        value = _value(first, first_bias, second, second_bias, pixel, own, end, D)
+        there = pixel < end
         if summed is not None:
             value = value.to(summed.dtype.element_ty)  # what is normalised is what is handed on
             place = pixel // columns * (columns + PAD) + pixel % columns if PAD else pixel
@@ -58,9 +58,9 @@ def sum_up(
         count = (end - begin).to(tl.float32)
         mean = tl.sum(total, 0, keep_dims=True) / count
         around = tl.sum(squares, 0, keep_dims=True) - mean * mean * count
-        moments += (image * tl.num_programs(0) + tl.program_id(0)) * 2 * D
-        tl.store(moments + own, middle + mean, own < D)
-        tl.store(moments + D + own, around, own < D)
+        moments += (image * tl.num_programs(1) + part) * 2 * D
+        tl.store(moments + own, middle + mean)
+        tl.store(moments + D + own, around)
 
 
 @triton.jit
@@ -120,18 +120,17 @@ def apply(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    image = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    own = tl.arange(0, WIDTH)[None, :]
-    value = _value(maps + image * pixels * D, bias, None, None, pixel, own, pixels, D, D)
-    scale = tl.load(scales + image * 2 * D + own, own < D, 0.0)
-    shift = tl.load(scales + image * 2 * D + D + own, own < D, 0.0)
+    image = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    own = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    value = _value(maps + image * pixels * D, bias, None, None, pixel, own, pixels, D)
+    scale = tl.load(scales + image * 2 * D + own)
+    shift = tl.load(scales + image * 2 * D + D + own)
     value = value * scale + shift
     if SILU:
-        value = value * tl.sigmoid(value)
+        value = value / (1 + tl.exp(-value))
     out += image * pixels * D
-    there = (pixel < pixels) & (own < D)
-    tl.store(out + pixel * D + own, value.to(out.dtype.element_ty), there)
+    tl.store(out + pixel * D + own, value.to(out.dtype.element_ty), pixel < pixels)
 
 
 @triton.jit
@@ -166,7 +165,7 @@ def held(
     there = (pixel < pixels) & known
     own += group * CHANNELS
     last = (group + 1) * CHANNELS
-    value = _value(first, first_bias, second, second_bias, pixel, own, pixels, last, D)
+    value = _value(first, first_bias, second, second_bias, pixel, own, pixels, D, last)
     if summed is not None:
         value = value.to(summed.dtype.element_ty)
         tl.store(summed + image * pixels * D + pixel * D + own, value, there)
@@ -179,16 +178,28 @@ def held(
     scale = tl.load(weight + own, known, 0.0).to(tl.float32) * inverse
     value = value * scale + tl.load(bias + own, known, 0.0).to(tl.float32)
     if SILU:
-        value = value * tl.sigmoid(value)
+        value = value / (1 + tl.exp(-value))
     out += image * pixels * D
     tl.store(out + pixel * D + own, value.to(out.dtype.element_ty), there)
 
 
 @triton.jit
-def _value(first, first_bias, second, second_bias, pixel, own, end, last, D: tl.constexpr):  # noqa: N803
+def _value(
+    first,
+    first_bias,
+    second,
+    second_bias,
+    pixel,
+    own,
+    end,
+    D: tl.constexpr,  # noqa: N803
+    last=None,
+):
     """What adds up to pixels before `end`, in channels before `last`; 0 beyond."""
-    known = own < last
-    there = (pixel < end) & known
+    there, known = pixel < end, own >= 0
+    if last is not None:
+        known = own < last
+        there &= known
     value = tl.load(first + pixel * D + own, there, 0.0).to(tl.float32)
     if first_bias is not None:
         value += tl.load(first_bias + own, known, 0.0).to(tl.float32)

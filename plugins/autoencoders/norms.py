@@ -22,11 +22,13 @@ HELD = 8192
 """Numbers of a group, its sides rounded up to powers of two, that one program holds."""
 SHARES = 256
 """Programs that take the moments of one image, at most."""
-PROGRAMS = 1056
-"""Programs that keep a GPU busy: eight for each of 132 multiprocessors."""
+PROGRAMS = 2112
+"""Programs that keep a GPU busy: sixteen on each of 132 multiprocessors."""
+WIDEST = 128
+"""Channels of a program, at most: a power of two that divides them, so that no thread idles."""
 TILE, WARPS = 4096, 4
 """Numbers that a program takes the moments of at once, and the warps that do so."""
-TILE_APPLIED, WARPS_APPLIED = 8192, 8
+TILE_APPLIED, WARPS_APPLIED = 4096, 4
 """The same where moments are applied."""
 
 
@@ -66,7 +68,7 @@ def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Te
     block, width = triton.next_power_of_2(h * w), triton.next_power_of_2(channels)
     learned = norm.weight, norm.bias, norm.eps
     if block * width > HELD:
-        share = _share(h * w, d, min(SHARES, max(1, PROGRAMS // b)))
+        share = _share(h * w, d, _shares(b, d))
         shares = triton.cdiv(h * w, share)
         moments = out.new_empty(b, shares, 2, d, dtype=torch.float32)
         _sum_up(terms, summed, moments, share)
@@ -97,7 +99,7 @@ def _sum_up(
     b, d, h, w = terms.first.shape
     rows, width = _tile(d, TILE)
     with torch.cuda.device_of(terms.first):
-        kernels.sum_up[(triton.cdiv(h * w, share), b)](
+        kernels.sum_up[(d // width, triton.cdiv(h * w, share), b)](
             *_checked(terms),
             summed,
             moments,
@@ -149,7 +151,7 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
     b, d, h, w = out.shape
     rows, width = _tile(d, TILE_APPLIED)
     with torch.cuda.device_of(out):
-        kernels.apply[(triton.cdiv(h * w, rows), b)](
+        kernels.apply[(d // width, triton.cdiv(h * w, rows), b)](
             total.first,
             total.first_bias,
             scales,
@@ -164,6 +166,12 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
         )
 
 
+def _shares(images: int, channels: int) -> int:
+    """In how many shares the moments of an image are taken, at most."""
+    _, width = _tile(channels, TILE)
+    return min(SHARES, max(1, PROGRAMS // (images * channels // width)))
+
+
 def _share(pixels: int, channels: int, most: int) -> int:
     """Pixels of a program's share, where at most `most` share: whole tiles."""
     rows, _ = _tile(channels, TILE)
@@ -172,7 +180,7 @@ def _share(pixels: int, channels: int, most: int) -> int:
 
 def _tile(channels: int, size: int) -> tuple[int, int]:
     """Pixels and channels of a tile."""
-    width = triton.next_power_of_2(channels)
+    width = min(channels & -channels, WIDEST)
     return max(1, size // width), width
 
 

@@ -199,20 +199,17 @@ class SelfAttention(nn.Module):
         return self.dropout(made)
 
 
-def with_drop_path(
-    modulations: list[Float[Tensor, "b 1 6 d"]], last_drop: float
-) -> list[Float[Tensor, "b 1 6 d"]]:
+def drop_path_gates(
+    num: int, batch: int, last_drop: float, device: torch.device
+) -> Float[Tensor, "num b 1 6 1"]:
     """Stochastic depth (arXiv 1603.09382) in the gates: a closed gate drops an image's branch.
 
-    Both branches of block i of n close with probability `last_drop` i / (n - 1); the open ones are
-    scaled up, so that the expectation stays.
+    Both branches of block i of `num` close with probability `last_drop` i / (num - 1); the open
+    ones are scaled up, so that the expectation stays. What the modulations are to be multiplied by.
     """
-    num, (batch, *_) = len(modulations), modulations[0].shape
-    drops = torch.linspace(0, last_drop, num, device=modulations[0].device).view(num, 1, 1, 1, 1)
-    drawn = torch.rand(num, batch, 1, 2, 1, device=modulations[0].device)
-    gates = (drawn >= drops) / (1 - drops)
-    gates = F.pad(gates, (0, 0, 0, 4), value=1.0)
-    return [m * gate.to(m.dtype) for m, gate in zip(modulations, gates, strict=True)]
+    drops = torch.linspace(0, last_drop, num, device=device).view(num, 1, 1, 1, 1)
+    drawn = torch.rand(num, batch, 1, 2, 1, device=device)
+    return F.pad((drawn >= drops) / (1 - drops), (0, 0, 0, 4), value=1.0)
 
 
 class HeadNorm(nn.Module):

@@ -9,7 +9,7 @@ weights moved.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,8 @@ class Weights:
     blocks: Sequence[Block]
     biases: Sequence[Float[Tensor, " three_d"]]
     places: Float[Tensor, "1 l d"]
+    ada_lin: tuple[Float[Tensor, "rows d"], Float[Tensor, " rows"]] | None = None
+    """Weights and biases of all blocks' AdaLN, one below the other, where they lie so."""
 
     def tensors(self) -> Iterator[Tensor]:
         """Of those that were copied, every one."""
@@ -70,7 +72,23 @@ def cast(network: "VAR", dtype: torch.dtype) -> Weights:
     with torch.inference_mode(False):
         of = own(network, dtype)
         word_embed = copy.deepcopy(of.word_embed).to(dtype).requires_grad_(False)
-        return Weights(word_embed, [cast_block(b, dtype) for b in of.blocks], of.biases, of.places)
+        blocks = [cast_block(block, dtype) for block in of.blocks]
+        return Weights(word_embed, blocks, of.biases, of.places, _stacked(blocks))
+
+
+def _stacked(blocks: Sequence[Block]) -> tuple[Tensor, Tensor] | None:
+    """Lay the blocks' AdaLN one below the other, so that one product serves all of them."""
+    layers: list[Any] = [block._modules.get("ada_lin") for block in blocks]
+    if None in layers:
+        return None
+    weights, biases = (
+        torch.cat([getattr(layer[1], name) for layer in layers]) for name in ("weight", "bias")
+    )
+    for layer, weight, bias in zip(
+        layers, weights.chunk(len(layers)), biases.chunk(len(layers)), strict=True
+    ):
+        layer[1].weight.data, layer[1].bias.data = weight, bias
+    return weights, biases
 
 
 @torch.no_grad()

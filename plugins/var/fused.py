@@ -6,7 +6,6 @@ with few tokens the products are Triton kernels, too, so that none waits for its
 these kernels cannot be, on a CPU to begin with, the compiled pieces do the same.
 """
 
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,8 +19,8 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
-from . import pieces
-from .blocks import Block, SelfAttention
+from . import copies, pieces
+from .blocks import SelfAttention
 from .few import products_for
 from .pieces import Layer, layers_of
 
@@ -30,11 +29,23 @@ if TYPE_CHECKING:
 
 
 def begin(
-    network: "VAR", cond: Float[Tensor, "b d"], blocks: Sequence[Block]
+    network: "VAR", cond: Float[Tensor, "b d"], weights: copies.Weights
 ) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
     """What a label makes of each block and of the head (`VAR.modulations`)."""
-    compiled = cond.device.type == "cpu"  # elsewhere it costs little, once for all steps
-    return pieces.begin(network, cond, blocks) if compiled else network.modulations(cond, blocks)
+    if cond.device.type == "cpu":  # elsewhere it costs little, once for all steps
+        return pieces.begin(network, cond, weights.blocks)
+    if weights.ada_lin is None:
+        return network.modulations(cond, weights.blocks)
+    return at_once(network.label(cond), *weights.ada_lin), network.head_modulation(cond)
+
+
+def at_once(
+    label: Float[Tensor, "b d"], weight: Float[Tensor, "rows d"], bias: Float[Tensor, " rows"]
+) -> list[Float[Tensor, "b 1 6 d"]]:
+    """What a label makes of every block, by one product."""
+    made = F.linear(label, weight, bias)
+    made = rearrange(made, "b (blocks six d) -> blocks b 1 six d", six=6, d=label.shape[1])
+    return list(made.unbind())
 
 
 def step(

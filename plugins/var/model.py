@@ -21,7 +21,7 @@ import sandbox
 from sandbox import Mask, Part, Tokens
 
 from . import copies, initial, published_model, stepwise
-from .blocks import Block, HeadNorm, with_drop_path
+from .blocks import Block, HeadNorm, drop_path_gates
 
 
 class VAR(nn.Module):
@@ -112,12 +112,17 @@ class VAR(nn.Module):
         first = self.tokens.layout.lens[0]
         x = torch.cat([self.read(cond), self.read(cond, contexts[:, first:])], dim=1)
         x = x + self.places().to(x.dtype)
-        modulations = self._modulations(cond, self.blocks)
+        gates: Sequence[Tensor | None] = [None] * len(self.blocks)
         if self.training:
             self._rehearse(x)
             if self.last_drop:
-                modulations = with_drop_path(modulations, self.last_drop)
-        for block, modulation in zip(self.blocks, modulations, strict=True):
+                gates = drop_path_gates(len(gates), len(x), self.last_drop, x.device).unbind()
+        label = self.label(cond)
+        for block, gate in zip(self.blocks, gates, strict=True):
+            # Block by block, so that a GPU has work while the next one's small products begin.
+            modulation = self._modulation(block, label)
+            if gate is not None:
+                modulation = modulation * gate.to(modulation.dtype)
             x = self._through(block, x, modulation.to(x.dtype))
         return x, cond
 
@@ -130,7 +135,7 @@ class VAR(nn.Module):
         it is given; else as exactly as the surroundings say, and so does compiled code, unless who
         calls it does so within `coarse_products`.
         """
-        return self.predict(x, self._head_modulation(cond))
+        return self.predict(x, self.head_modulation(cond))
 
     def predict(
         self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 2 d"]
@@ -168,8 +173,9 @@ class VAR(nn.Module):
         self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
     ) -> tuple[list[Float[Tensor, "b 1 6 d"]], Float[Tensor, "b 1 2 d"]]:
         """What a label makes of each block, in the type these compute in, and of the head."""
-        made = [each.to(self._dtype()) for each in self._modulations(cond, blocks)]
-        return made, self._head_modulation(cond)
+        label = self.label(cond)
+        made = [self._modulation(block, label).to(self._dtype()) for block in blocks]
+        return made, self.head_modulation(cond)
 
     def coarse_products(self) -> AbstractContextManager[Any]:
         """The precision of the head's products, for compiled code, which cannot set it."""
@@ -258,15 +264,15 @@ class VAR(nn.Module):
             return sandbox.float32_products(device, "tf32")
         return torch.autocast(device.type, enabled=False)
 
-    def _head_modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
+    def head_modulation(self, cond: Float[Tensor, "b d"]) -> Float[Tensor, "b 1 2 d"]:
         with self._uncast(cond.device):
             return self.head_nm.modulation(cond.to(self.head.weight.dtype))
 
-    def _modulations(
-        self, cond: Float[Tensor, "b d"], blocks: Sequence[Block]
-    ) -> list[Float[Tensor, "b 1 6 d"]]:
+    def label(self, cond: Float[Tensor, "b d"]) -> Tensor:
+        """What every block reads of a label: its SiLU or, `b 1 six d`, what all blocks share."""
         if not self.params.shared_adaln:
-            active = F.silu(cond).to(self._dtype())  # what every AdaLN begins with
-            return [block.modulation(active) for block in blocks]
-        shared = rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
-        return [block.ada_gss + shared for block in self.blocks]
+            return F.silu(cond).to(self._dtype())
+        return rearrange(self.shared_ada_lin(cond), "b (six d) -> b 1 six d", six=6)
+
+    def _modulation(self, block: Block, label: Tensor) -> Float[Tensor, "b 1 6 d"]:
+        return block.ada_gss + label if self.params.shared_adaln else block.modulation(label)

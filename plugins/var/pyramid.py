@@ -3,10 +3,13 @@
 Both are linear, so while gradients are taken each is a pair of small matrices, one for rows and one
 for columns: products have a deterministic backward pass on every device, and compile into a larger
 graph. Without gradients the published kernels run, whose last bits the matrices do not share; but
-growing on a GPU, where PyTorch's kernel took 7 % of a training step, always is a product.
+growing on a GPU, where PyTorch's kernel took 7 % of a training step, always is a product, and what
+is painted there, or shrunk to be read, is so by kernels of our own.
 """
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sandbox
 from sandbox import Layout
 
 
@@ -43,6 +47,11 @@ class Pyramid(nn.Module):
         maps = rearrange(codes, "b (i j) c -> b c i j", j=width)
         return self._resampled(maps, "bicubic", step, self.layout.size)
 
+    def matrices(self, name: str, step: int) -> tuple[Tensor, Tensor]:
+        """Of `area` or `bicubic` at a step, for rows and for columns: `after before`."""
+        rows, columns = (getattr(self, f"{name}_{axis}_{step}") for axis in ("rows", "columns"))
+        return rows, columns
+
     def _size(self, step: int) -> tuple[int, int]:
         return self.layout.steps[step].height, self.layout.steps[step].width
 
@@ -51,8 +60,35 @@ class Pyramid(nn.Module):
             return maps
         if not torch.is_grad_enabled() and not (name == "bicubic" and maps.is_cuda):
             return F.interpolate(maps, size, mode=name)
-        rows, columns = (getattr(self, f"{name}_{axis}_{step}") for axis in ("rows", "columns"))
+        rows, columns = self.matrices(name, step)
         return torch.matmul(rows, torch.matmul(maps, columns.mT))
+
+
+def painter_for(canvas: Float[Tensor, "b c h w"]) -> ModuleType | None:
+    """The module `painting`, where its kernels can be used: for float32, without gradients."""
+    if not canvas.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    _, c, *sides = canvas.shape
+    if canvas.dtype != torch.float32 or c > 64 or max(sides) > 32:
+        return None
+    return _painter(canvas.device, c, *sides)
+
+
+@cache
+def _painter(device: torch.device, c: int, h: int, w: int) -> ModuleType | None:
+    """The module `painting`, after a trial: triton may be missing, or the compiler it needs."""
+
+    def trial() -> ModuleType:
+        from . import painting
+
+        zeros = torch.zeros(max(c * c * 9, h * w * c), device=device)
+        canvas = zeros[: h * w * c].view(1, h, w, c).permute(0, 3, 1, 2)
+        phi = zeros[: c * c * 9].view(c, c, 3, 3), zeros[:c], 0.5
+        painting.paint(canvas, zeros[:c].view(1, 1, c), zeros[:h, None], zeros[:w, None], phi)
+        painting.shrink(canvas, zeros[None, :h], zeros[None, :w])
+        return painting
+
+    return sandbox.tried(trial, "canvases without their Triton kernels")
 
 
 def _area(before: int, after: int) -> Float[Tensor, "after before"]:

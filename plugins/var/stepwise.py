@@ -39,7 +39,7 @@ def begin(network: "VAR", cond: Float[Tensor, "b d"], dtype: torch.dtype) -> Sta
     shape = 2, b, heads, network.tokens.layout.seq_len, d // heads
     weights = copies.current(network, dtype) if network.fused else copies.own(network, dtype)
     if network.fused:
-        modulations, head = fused.begin(network, cond, weights.blocks)
+        modulations, head = fused.begin(network, cond, weights)
     else:
         modulations, head = network.modulations(cond, weights.blocks)
     caches = [cond.new_empty(shape, dtype=dtype) for _ in network.blocks]

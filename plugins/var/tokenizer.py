@@ -20,7 +20,7 @@ import sandbox
 from sandbox import Layout, Part, Reconstruction
 
 from . import published_tokenizer, quantizing
-from .pyramid import Pyramid, phi_of_step
+from .pyramid import Pyramid, painter_for, phi_of_step
 
 
 class VarTokenizer(nn.Module):
@@ -140,7 +140,11 @@ class VarTokenizer(nn.Module):
 
     def canvas(self, batch_size: int) -> Float[Tensor, "b c h w"]:
         """An empty canvas."""
-        return self.hits.new_zeros(batch_size, self.code_dim, *self.layout.size)
+        (height, width), hits = self.layout.size, self.hits
+        if not hits.is_cuda:
+            return hits.new_zeros(batch_size, self.code_dim, height, width)
+        zeros = hits.new_zeros(batch_size, height, width, self.code_dim)
+        return rearrange(zeros, "b h w c -> b c h w")  # as a painter keeps it
 
     def grow(self, codes: Float[Tensor, "b n c"], step: int) -> Float[Tensor, "b c h w"]:
         """One step's codes as a map of full size, sharpened by its convolution."""
@@ -154,15 +158,21 @@ class VarTokenizer(nn.Module):
     ) -> Float[Tensor, "b c h w"]:
         """The canvas with one step's codes grown and added; the one given is left as it was."""
         with sandbox.exact_float32(canvas.device):
+            if painter := painter_for(canvas):
+                matrices = self.pyramid.matrices("bicubic", step)
+                return painter.paint(canvas, codes.float(), *matrices, self._phi(step))
             return canvas + self.grow(codes.float(), step)
 
     def context(self, canvas: Float[Tensor, "b c h w"], step: int) -> Float[Tensor, "b n c"]:
         """The canvas of the steps before, shrunk to this step's map; of an empty one, zeros."""
         with sandbox.exact_float32(canvas.device):
+            if painter := painter_for(canvas):
+                return painter.shrink(canvas, *self.pyramid.matrices("area", step))
             return rearrange(self.pyramid.shrink(canvas, step), "b c h w -> b (h w) c")
 
     def render(self, canvas: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """The images a canvas stands for, in [-1, 1]."""
+        canvas = canvas if self.fused else canvas.contiguous()
         return sandbox.render(self.autoencoder, canvas, fused=self.fused)
 
     @torch.no_grad()
@@ -247,11 +257,18 @@ class VarTokenizer(nn.Module):
         """The canvas before each step, then the one after the last."""
         if ids.shape[1] != self.layout.seq_len:
             raise ValueError(f"expected {self.layout.seq_len} ids an image, got {ids.shape[1]}")
-        canvas = self.canvas(len(ids))
+        canvas, codes = self.canvas(len(ids)), self.embed(ids)
         for step, span in enumerate(self.layout.spans):
             yield canvas
-            canvas = self.paint(canvas, self.embed(ids[:, span]), step)
+            canvas = self.paint(canvas, codes[:, span], step)
         yield canvas
+
+    def _phi(self, step: int) -> tuple[Tensor, Tensor, float] | None:
+        """The weights of a step's convolution and its share; None where there is none."""
+        if not self.phi_of_step:
+            return None
+        conv = self.phi[self.phi_of_step[step]]
+        return conv.weight, conv.bias, self.params.quant_resi
 
     @torch.no_grad()
     def _count(self, ids: list[Tensor]) -> None:

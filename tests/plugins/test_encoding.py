@@ -188,3 +188,32 @@ def test_on_a_gpu_nothing_is_compiled_where_that_is_not_wanted(there, monkeypatc
     monkeypatch.setattr(cache, "_NUM_COMPILED", 1)
     monkeypatch.setattr(torch, "compile", None)
     assert len(cached(there, "train", 4, 1, None, compile=False).examples) == 10
+
+
+class Quick(CNN):
+    """Says by what it adds to features that it codes by kernels of its own."""
+
+    quick = 0.0
+
+    def quicken(self):
+        self.quick = self.quick + 1.0
+        return True
+
+    def encode(self, images):
+        return super().encode(images) + self.quick
+
+
+def test_in_bulk_a_copy_codes_by_its_own_kernels_with_the_weights_of_the_first_batch(run):
+    autoencoder = Quick(CNN.Params(ch=32, ch_mult=(1, 2), num_res_blocks=1, code_dim=1))
+    run.tokenizer.autoencoder = autoencoder.eval()
+    images = run.dataset.images
+    with torch.no_grad(), coding(CPU, "bfloat16"):
+        plain = run.tokenizer.features(images)
+        for times in (1.0, 2.0):  # the copy is the same one, its weights are copied anew
+            with in_bulk(run.tokenizer, CPU, compiled=True):
+                for _ in range(2):
+                    found = run.tokenizer.features(images)
+                    torch.testing.assert_close(found, plain + times, rtol=0.02, atol=0.02)
+        canvas = torch.zeros(1, 1, 4, 4)
+        sandbox.render(autoencoder, canvas, fused=True)  # by the copy, which must not lead back
+    assert autoencoder.quick == 0

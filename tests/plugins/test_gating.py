@@ -83,7 +83,7 @@ bad = gating.gated_norm(x, None, six[0], six[1])[1].isnan()
 assert bad[1, 1].all() and bad.sum() == 8
 
 fused.kernel_for = lambda *_: kernel
-fused.begin = lambda network, cond, blocks: network.modulations(cond, blocks)
+fused.begin = lambda network, cond, weights: network.modulations(cond, weights.blocks)
 pieces.compiled = None
 for settings in [{}, {"shared_adaln": True}, {"qk_norm": False}]:
     for layout in (Layout.pyramid((1, 1), (2, 2), (3, 3)), Layout.raster(2, 2)):

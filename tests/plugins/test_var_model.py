@@ -14,7 +14,8 @@ from sandbox_plugins.attention import (
     SdpaAttention,
     XformersAttention,
 )
-from sandbox_plugins.var.blocks import with_drop_path
+from sandbox_plugins.var import copies, fused
+from sandbox_plugins.var.blocks import drop_path_gates
 from sandbox_plugins.var.model import VAR
 
 # Compilers and xformers warn of their own affairs (TF32, what they themselves call of Triton).
@@ -192,7 +193,7 @@ def test_drop_path_grows_linearly_with_depth_and_acts_in_training_only():
     model = build(Layout.pyramid(1, 2), depth=12, label_dropout=0.0)
     assert model.last_drop == pytest.approx(0.05)
     torch.manual_seed(0)
-    gates = torch.stack(with_drop_path([torch.ones(20_000, 1, 6, 1)] * 3, 0.4))[..., 0, :, 0]
+    gates = drop_path_gates(3, 20_000, 0.4, torch.device("cpu"))[..., 0, :, 0]
     closed, rates = (gates == 0).float().mean(1), torch.tensor([0.0, 0.2, 0.4])
     torch.testing.assert_close(closed[:, :2], rates[:, None].expand(3, 2), atol=0.02, rtol=0)
     assert not closed[:, 2:].any() and not (gates[1, :, 0] == gates[1, :, 1]).all()
@@ -464,3 +465,17 @@ def test_every_backend_trains_and_steps_on_cuda_in_bfloat16(cls):
         for model in (fused, plain)
     )
     assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+def test_one_product_makes_the_modulations_of_all_blocks_with_weights_as_they_are():
+    model = awake(build(Layout.pyramid(1, 2), depth=3))
+    cast = copies.cast(model, torch.bfloat16)
+    for seed in (0, 1):
+        awake(model, seed)
+        copies.refresh(cast, model)
+        label = model.label(model.class_emb(torch.tensor([0, 2]))).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            made = fused.at_once(label, *cast.ada_lin)
+            plain = [model._modulation(block, label) for block in model.blocks]
+        torch.testing.assert_close(made, plain, rtol=1e-2, atol=1e-2)
+    assert copies.cast(build(Layout.pyramid(1), shared_adaln=True), torch.bfloat16).ada_lin is None
