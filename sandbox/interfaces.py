@@ -151,8 +151,9 @@ class TrainableTokenizer(Tokenizer, Protocol):
 @runtime_checkable
 class AttentionBackend(Protocol):
     """Computes attention, or says why it cannot; never ignores a mask. Built as `Class(params)`.
-    One may also have `rehearse(q, k, v, mask, scale)`, which gives nothing: a backbone calls it
-    before compiled code attends to tensors like these, since a backend cannot measure in there.
+    One may also have `rehearse(q, k, v, mask, scale)`, called before compiled code attends to such
+    tensors, where it cannot measure; and `attend_appending(qkv, past, start, scale, cosine)`, which
+    fills a cache as it attends, or gives None.
     """
 
     def refusal(self, request: AttentionRequest) -> str | None:
@@ -176,9 +177,8 @@ class Backbone(Protocol):
     Logits are the largest tensor of a training. One that has `forward` in two halves need not hold
     them all at once: `features(contexts, labels)` gives a tuple of tensors whose first axis is b,
     and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
-    backbone compiles what is slow in `features`.
-    It may also have `fused`, False at first: whether steps may run kernels compiled for it (results
-    differ in the last digits), and `refresh()`, for copies of weights that recordings read.
+    backbone compiles what is slow in `features`. It may also have `fused`, False at first: whether
+    steps may run kernels built for it, and `refresh()`, for copies of weights that recordings read.
     """
 
     def forward(

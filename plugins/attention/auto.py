@@ -5,7 +5,7 @@ and in a file for the runs to come, so that the same settings on the same machin
 What is traced or captured only looks up what was picked before.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +93,26 @@ class AutoAttention(Attention):
         """Pick for calls like this one."""
         self._pick(q, k, v, mask, scale)
 
+    def attend_appending(
+        self, qkv: Tensor, past: Tensor, start: int, scale: float, cosine: Any
+    ) -> Tensor | None:
+        """See `CachedAttention`: where that was picked for such a call before, else None."""
+        (b, n, _), (_, _, heads, _, e) = qkv.shape, past.shape
+        kind = Kind(
+            qkv.device, qkv.dtype, (b, heads, n, e), _rounded(start + n), "full", None, False
+        )
+        if kind not in self._told or _picks.get(kind) != "cached":
+            return None
+        appending: Any = self.backends["cached"]
+        return appending.attend_appending(qkv, past, start, scale, cosine)
+
     def _pick(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> str:
         if q.device.type != MEASURED_ON:
             return UNMEASURED
         request = request_of(q, k, v, mask)
         num_keys = request.num_keys
         if mask.kind == "full":
-            num_keys = 1 << (num_keys - 1).bit_length()
+            num_keys = _rounded(num_keys)
         whose = q.device, q.dtype, tuple(q.shape), num_keys
         kind = Kind(*whose, mask.kind, mask.step_lens, request.needs_grad)
         if torch.compiler.is_compiling():
@@ -123,6 +136,10 @@ class AutoAttention(Attention):
 def _remembered(*kind: object) -> str:
     """A constant where it is traced, so that what is picked later compiles nothing anew."""
     return _picks.get(kind, UNMEASURED)
+
+
+def _rounded(num_keys: int) -> int:
+    return 1 << (num_keys - 1).bit_length()
 
 
 def _is_at_work(q: Tensor) -> bool:

@@ -6,6 +6,7 @@ The one idea to hold: it has one kernel, for all keys and no gradients, and refu
 from types import ModuleType
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 import sandbox
@@ -37,6 +38,31 @@ class CachedAttention(SdpaAttention):
         from . import cached_kernel
 
         return cached_kernel.attend(q, k, v, scale)
+
+    def attend_appending(
+        self,
+        qkv: Float[Tensor, "b n three_d"],
+        past: Float[Tensor, "2 b heads l e"],
+        start: int,
+        scale: float,
+        cosine: tuple[Float[Tensor, "1 heads 1 1"], float] | None,
+    ) -> Float[Tensor, "b heads n e"] | None:
+        """Attend with tokens to all before `start` in the cache `past`, and to each other.
+
+        `qkv` are their queries, keys and values side by side, heads beside channels; keys and
+        values go to the cache, from token `start` on. With `cosine`, a logarithm for each head and
+        what that is capped at, queries and keys are normalised, and queries then multiplied by its
+        exponential. None, with nothing written, where there is no kernel for this.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched():
+            return None
+        mask, (_, n, _), e = Mask(), qkv.shape, past.shape[-1]
+        request = AttentionRequest(str(qkv.device), qkv.dtype, e, n, start + n, mask, False)
+        if self.limit(request) or qkv.dtype != past.dtype or not past.is_contiguous():
+            return None
+        from . import cached_kernel
+
+        return cached_kernel.append(qkv, past, start, scale, cosine)
 
 
 @kept

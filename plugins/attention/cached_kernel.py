@@ -60,6 +60,53 @@ def attend(
     return out.transpose(1, 2)
 
 
+def append(
+    qkv: Float[Tensor, "b n three_d"],
+    past: Float[Tensor, "2 b heads l e"],
+    start: int,
+    scale: float,
+    cosine: tuple[Float[Tensor, "1 heads 1 1"], float] | None,
+) -> Float[Tensor, "b heads n e"]:
+    """`attend` with new queries to all keys before them and their own, which go to the cache.
+
+    As `CachedAttention.attend_appending` says it. Raises ValueError where they have no place there.
+    """
+    (b, n, d), (_, _, heads, seq_len, e) = qkv.shape, past.shape
+    fits = past.shape[:2] == (2, b) and d == 3 * heads * e and 0 <= start <= seq_len - n
+    if not fits or qkv.dtype != past.dtype or not past.is_contiguous():
+        raise ValueError(
+            f"{n} tokens from {start} on, {qkv.dtype} {tuple(qkv.shape)}, have no place in a cache "
+            f"of {past.dtype} {tuple(past.shape)}"
+        )
+    log_scale, cap = cosine or (None, 0.0)
+    out = qkv.new_empty(b, n, heads, e)
+    queries, keys = tiles(b * heads, n, start + n, e, qkv.dtype)
+    across = triton.cdiv(n, queries)
+    with torch.cuda.device_of(qkv):
+        _append[(b * heads * across,)](
+            qkv.contiguous(),
+            None if log_scale is None else log_scale.contiguous(),
+            cap,
+            past,
+            past.stride(0),
+            out,
+            scale * math.log2(math.e),
+            heads,
+            n,
+            start,
+            seq_len,
+            across,
+            e,
+            queries,
+            min(max(triton.next_power_of_2(n), 16), keys),
+            keys,
+            **sandbox.overlapping(qkv.device),
+            num_warps=4,
+            num_stages=3,
+        )
+    return out.transpose(1, 2)
+
+
 def tiles(rows: int, n: int, p: int, e: int, dtype: torch.dtype) -> tuple[int, int]:
     """Queries and keys of a tile, for `rows` images times heads.
 
@@ -124,13 +171,15 @@ def _attend(
     total = tl.zeros([QUERIES], tl.float32)
     seen = tl.zeros([QUERIES, E], tl.float32)
     if ONCE:  # without a loop, queries, keys and values are on their way at the same time
-        greatest, total, seen = _look(
-            asked, k + k_own, v + v_own, p, scale, greatest, total, seen, KEYS
-        )
+        held, values = tl.load(k + k_own, keys < p, 0.0), tl.load(v + v_own, keys < p, 0.0)
+        greatest, total, seen = _look(asked, held, values, p, scale, greatest, total, seen, KEYS)
     else:
         for start in range(0, p, KEYS):
+            left = p - start
+            held = tl.load(k + k_own, keys < left, 0.0)
+            values = tl.load(v + v_own, keys < left, 0.0)
             greatest, total, seen = _look(
-                asked, k + k_own, v + v_own, p - start, scale, greatest, total, seen, KEYS
+                asked, held, values, left, scale, greatest, total, seen, KEYS
             )
             k += KEYS * k_turn
             v += KEYS * v_turn
@@ -139,14 +188,10 @@ def _attend(
 
 
 @triton.jit
-def _look(q, k, v, left, scale, greatest, total, seen, KEYS: tl.constexpr):  # noqa: N803
+def _look(q, keys, values, left, scale, greatest, total, seen, KEYS: tl.constexpr):  # noqa: N803
     """The greatest score, the sum of weights and of weighted values, with one more tile of keys."""
-    turns = tl.arange(0, KEYS)
-    there = turns[:, None] < left
-    keys = tl.load(k, there, 0.0)
-    values = tl.load(v, there, 0.0)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-    scores = tl.where(turns[None, :] < left, scores, -float("inf"))
+    scores = tl.where(tl.arange(0, KEYS)[None, :] < left, scores, -float("inf"))
     now = tl.maximum(greatest, tl.max(scores, 1))
     fade = tl.exp2(greatest - now)
     weights = tl.exp2(scores - now[:, None])
@@ -154,3 +199,77 @@ def _look(q, k, v, left, scale, greatest, total, seen, KEYS: tl.constexpr):  # n
     seen = seen * fade[:, None]
     seen = tl.dot(weights.to(values.dtype), values, seen, input_precision="ieee")
     return now, total, seen
+
+
+@triton.jit(do_not_specialize=["heads", "n", "start", "seq_len", "across"])
+def _append(
+    qkv,
+    log_scale,
+    cap,
+    past,
+    values_from,
+    out,
+    scale,
+    heads,
+    n,
+    start,
+    seq_len,
+    across,
+    E: tl.constexpr,  # noqa: N803
+    QUERIES: tl.constexpr,  # noqa: N803
+    NEW: tl.constexpr,  # noqa: N803
+    KEYS: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
+):
+    """A tile of one head's new queries; the first tile also writes the head's keys and values."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    row, tile = program // across, program % across
+    image, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    queries, keys = tl.arange(0, QUERIES)[:, None], tl.arange(0, KEYS)[:, None]
+    new, channels = tl.arange(0, NEW)[:, None], tl.arange(0, E)[None, :]
+    first, width = tile * QUERIES, heads * E
+    qkv += (image * n * 3 * heads + head) * E + channels
+    asked = tl.load(qkv + (first + queries) * (3 * width), queries < n - first, 0.0)
+    if log_scale is not None:
+        sharpness = tl.load(log_scale + head).to(tl.float32)
+        sharpness = tl.exp(tl.where(sharpness > cap, cap, sharpness))
+        asked = (_normalised(asked) * sharpness).to(qkv.dtype.element_ty)
+    greatest = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    seen = tl.zeros([QUERIES, E], tl.float32)
+    past += row.to(tl.int64) * seq_len * E
+    for turn in range(0, n, NEW):
+        there = new < n - turn
+        read = qkv + (turn + new) * (3 * width)
+        held = tl.load(read + width, there, 0.0)
+        values = tl.load(read + 2 * width, there, 0.0)
+        if log_scale is not None:
+            held = _normalised(held).to(values.dtype)
+        if tile == 0:
+            write = past + (start + turn + new) * E + channels
+            tl.store(write, held, there)
+            tl.store(write + values_from, values, there)
+        greatest, total, seen = _look(
+            asked, held, values, n - turn, scale, greatest, total, seen, NEW
+        )
+    past += keys * E + channels
+    for turn in range(0, start, KEYS):
+        there = keys < start - turn
+        held, values = tl.load(past, there, 0.0), tl.load(past + values_from, there, 0.0)
+        greatest, total, seen = _look(
+            asked, held, values, start - turn, scale, greatest, total, seen, KEYS
+        )
+        past += KEYS * E
+    write = out + ((image * n + first) * heads + head) * E + queries * width + channels
+    tl.store(write, seen / total[:, None], queries < n - first)
+
+
+@triton.jit
+def _normalised(x):
+    """Each row as a unit vector, as `F.normalize` has it: NaN stays, zeros stay."""
+    x = x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(x * x, 1, keep_dims=True))
+    return x / tl.where(norm < 1e-12, 1e-12, norm)

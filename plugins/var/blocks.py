@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
         """What the heads see with queries, keys and values of `project`.
 
         Keys and values go to their place in the cache `past`, and all that stands there is seen. By
-        the module `kernel` they go there from what `product` gives.
+        the module `kernel`, or by the backend itself, they go there from what `product` gives.
         """
         if past is None:
             q, k, v = made
@@ -188,6 +188,11 @@ class SelfAttention(nn.Module):
                 q, k, v = made
                 past[0, :, :, span], past[1, :, :, span] = k, v
             else:
+                if appending := getattr(self.backend, "attend_appending", None):
+                    cosine = (self.scale_mul_1H11, MAX_LOG_SCALE) if self.qk_norm else None
+                    seen = appending(made, past, span.start, self.scale, cosine)
+                    if seen is not None:
+                        return seen
                 q = kernel.place(made, self.log_scale(), past, span.start)
             k, v = past[:, :, :, : span.stop]
         return self.backend.attend(q, k, v, mask, self.scale)

@@ -286,3 +286,20 @@ def test_what_is_captured_replays_the_pick_of_the_call_before(monkeypatch):
     graph.replay()
     assert all(map(torch.equal, captured, eager))
     assert torch.equal(unmet, build(SdpaAttention).attend(q[:, :, :7], k, v, Mask(), 0.3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["cached", "sdpa"])
+def test_what_is_appended_goes_to_the_cached_kernel_where_that_was_picked_before(monkeypatch, name):
+    picks = Pick(name, "so it is")
+    monkeypatch.setattr(auto, "fastest", lambda *_: picks)
+    backend = build()
+    qkv, past = torch.randn(2, 3, 96, device="cuda"), torch.randn(2, 2, 2, 8, 16, device="cuda")
+    with torch.no_grad():
+        assert backend.attend_appending(qkv, past, 2, 1.0, None) is None
+        q = qkv[..., :32].view(2, 3, 2, 16).transpose(1, 2)
+        backend.attend(q, *past[:, :, :, :5], Mask(), 1.0)
+        found = backend.attend_appending(qkv, past, 2, 1.0, None)
+        assert (found is None) == (name == "sdpa")
+        if found is not None:
+            torch.testing.assert_close(found, backend.attend(q, *past[:, :, :, :5], Mask(), 1.0))

@@ -9,7 +9,9 @@ from itertools import accumulate
 
 import pytest
 import torch
+from einops import rearrange
 from processes import python
+from torch.nn import functional as F
 
 from sandbox import AttentionRequest, Mask
 from sandbox.replay import Recording
@@ -46,10 +48,30 @@ def assert_close(out, q, k, v, scale):
     assert off <= CLOSE[q.dtype], (tuple(q.shape), tuple(k.shape), float(off))
 
 
+def assert_appends(attend, dtype, heads, e, n, start, seq_len, cosine, b=2, device="cpu"):
+    """Against what is written down step by step, in float32."""
+    rng = torch.Generator().manual_seed(n + start)
+    qkv = torch.randn(b, n, 3 * heads * e, generator=rng).to(device, dtype)
+    before = torch.randn(2, b, heads, seq_len, e, generator=rng).to(device, dtype)
+    log_scale = torch.linspace(0.0, 3.0, heads, device=device).view(1, heads, 1, 1)
+    past = before.clone()
+    out = attend(qkv, past, start, 0.5, (log_scale, 2.0) if cosine else None)
+    q, k, v = rearrange(qkv, "b n (three heads e) -> three b heads n e", three=3, heads=heads)
+    if cosine:
+        q = (F.normalize(q.float(), dim=-1) * log_scale.clamp_max(2.0).exp()).to(dtype)
+        k = F.normalize(k.float(), dim=-1).to(dtype)
+    torch.testing.assert_close(past[0, :, :, start : start + n], k)
+    assert torch.equal(past[1, :, :, start : start + n], v)
+    for part in (slice(0, start), slice(start + n, None)):
+        assert torch.equal(past[:, :, :, part], before[:, :, :, part])
+    assert_close(out, q, *past[:, :, :, : start + n], 0.5)
+
+
 INTERPRETED = """
+import pytest
 import torch
 from sandbox_plugins.attention import cached_kernel
-from test_attention_cached import assert_close, drawn
+from test_attention_cached import assert_appends, assert_close, drawn
 
 for dtype in (torch.float32, torch.float16):  # interpreted, bits of bfloat16 are multiplied
     for e, scale in ((32, 1.0), (64, -0.3)):
@@ -62,7 +84,13 @@ for call in [(q.expand(3, -1, -1, -1), k.expand(3, -1, -1, -1), v.expand(3, -1, 
              (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, 1.0),
              (40 * q, 40 * k, v, 1.0)]:
     assert_close(cached_kernel.attend(*call), *call)
+for dtype, cosine in ((torch.float32, True), (torch.float16, True), (torch.float16, False)):
+    for n, start in ((1, 0), (5, 14), (17, 40)):
+        assert_appends(cached_kernel.append, dtype, 3, 32, n, start, 60, cosine)
 cached_kernel.FILL = 1
+assert_appends(cached_kernel.append, torch.float16, 1, 16, 70, 140, 215, True)
+with pytest.raises(ValueError, match="have no place in a cache"):
+    assert_appends(cached_kernel.append, torch.float32, 1, 16, 2, 3, 4, True)
 for n in (20, 50, 150):
     call = *drawn(1, 2, n, 200, 16, torch.float16), 1.0
     assert_close(cached_kernel.attend(*call), *call)
@@ -225,3 +253,27 @@ def test_compiled_code_attends_alike():
     compiled = torch.compile(lambda q, k, v: 2 * backend.attend(q, k, v, Mask(), 0.2))
     with torch.no_grad():
         assert torch.equal(compiled(q, k, v), 2 * backend.attend(q, k, v, Mask(), 0.2))
+
+
+def test_appending_is_for_drawing_on_a_gpu_alone():
+    past = torch.zeros(2, 1, 2, 4, 16)
+    with torch.no_grad():
+        assert build().attend_appending(torch.zeros(1, 2, 96), past, 0, 1.0, None) is None
+    assert not past.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cosine", [True, False])
+@pytest.mark.parametrize("b", [2, 16])
+def test_a_gpu_appends_every_step_of_the_published_schedule(dtype, cosine, b):
+    attend = torch.no_grad()(build().attend_appending)
+    for n, end in zip(PUBLISHED, accumulate(PUBLISHED), strict=True):
+        assert_appends(attend, dtype, 16, 64, n, end - n, 680, cosine, b, "cuda")
+    assert_appends(attend, dtype, 3, 128, 130, 7, 140, cosine, b, "cuda")
+
+
+@pytest.mark.gpu
+def test_with_gradients_a_gpu_does_not_append():
+    past = torch.zeros(2, 1, 2, 4, 16, device="cuda")
+    assert build().attend_appending(torch.zeros(1, 2, 96).cuda(), past, 0, 1.0, None) is None
