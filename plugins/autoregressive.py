@@ -81,11 +81,7 @@ class Autoregressive:
         self.sampler, self.objective = params.sampler.build(), params.objective.build()
         self.fast = params.fast
         self._recordings = sandbox.Recordings()
-        parts: tuple[Any, ...] = self.backbone, self.tokenizer
-        self._followed = all(isinstance(part, nn.Module) for part in parts)
-        self._modules = [m for part in parts if self._followed for m in part.modules()]
-        self._held = sandbox.held(self._modules)
-        self._seen: tuple[Hashable, ...] = ()
+        self._followed = sandbox.Followed.within(self.backbone, self.tokenizer)
         self._shares: dict[torch.device, Tensor] = {}
         self._score: Callable[..., tuple[Tensor, Tensor]] = self._scored
 
@@ -193,22 +189,20 @@ class Autoregressive:
     ) -> Float[Tensor, "b 3 h w"]:
         """One image a label, in [-1, 1]. `rng` lives on the labels' device."""
         recorded = self.fast != "off" and labels.device.type == "cuda"
-        if watch is not None or not recorded or not self._followed:
+        if watch is not None or not recorded or self._followed is None:
             return self._sample(labels, rng, watch=watch)
-        where = sandbox.places(self._held)
-        self._refresh_copies(where)
+        where = self._followed.places()
+        self._refresh_copies(self._followed, where)
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
             drawn, labels, rng, key=(where, *self._kind(labels)), at_once=self.fast == "on"
         )
 
-    def _refresh_copies(self, where: tuple[Hashable, ...]) -> None:
-        """Of weights, where there are any and weights have moved: recordings read them."""
-        now = where, sandbox.versions(self._held)
-        if now == self._seen:
+    def _refresh_copies(self, of: sandbox.Followed, where: tuple[Hashable, ...]) -> None:
+        """Of weights, where there are any and weights have moved on: recordings read them."""
+        if not of.moved_on(where):
             return
-        self._seen = now
-        for module in self._modules:
+        for module in of.modules:
             sandbox.refresh(module)
         if refresh := getattr(self.backbone, "refresh", None):
             refresh()

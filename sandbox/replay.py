@@ -157,6 +157,34 @@ def _recording_stream(device: torch.device) -> Any:
     return cuda.Stream(device)
 
 
+class Followed:
+    """Modules whose weights recordings read, asked where those lie and whether they moved on."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+        self._held = held(self.modules)
+        self._seen: tuple[Hashable, ...] = ()
+
+    @classmethod
+    def within(cls, *parts: object) -> "Followed | None":
+        """All modules of all parts; None where one of these is no module."""
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        whole = len(modules) == len(parts)
+        return cls(inner for part in modules for inner in part.modules()) if whole else None
+
+    def places(self) -> tuple[Hashable, ...]:
+        """Of all parameters and buffers, for the key of a recording."""
+        return places(self._held)
+
+    def moved_on(self, where: tuple[Hashable, ...]) -> bool:
+        """Whether any lies elsewhere, or was written to, since this was asked before; at first yes.
+
+        `where` is what `places` says now.
+        """
+        before, self._seen = self._seen, (where, versions(self._held))
+        return self._seen != before
+
+
 def held(modules: Iterable[nn.Module]) -> Held:
     """The modules' own parameters and buffers by name, now and later; those within them are to be
     named too."""

@@ -299,13 +299,13 @@ def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, mo
 
     def count():
         refreshed.clear()
-        made._refresh_copies(sandbox.places(made._held))
+        made._refresh_copies(made._followed, made._followed.places())
         return len(refreshed)
 
-    assert count() == len(made._modules) and count() == 0
+    assert count() == len(made._followed.modules) and count() == 0
     for exchanged in (other, first):
         weight.data = exchanged
-        assert count() == len(made._modules) and count() == 0
+        assert count() == len(made._followed.modules) and count() == 0
 
 
 @pytest.mark.gpu
