@@ -129,7 +129,7 @@ class Autoregressive:
     def compile(self) -> None:
         """Compile what training runs: the network, and its output layer with the objective."""
         self.network.compile()
-        self._score = torch.compile(self._scored, dynamic=False)
+        self._score = sandbox.compiled_method(self._scored, dynamic=False)
 
     def _judged(
         self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"], ids: Int[Tensor, "b l"]

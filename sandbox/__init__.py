@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "compiler": ["compiling", "fastest_convolutions", "tried"],
+    "compiler": ["compiled_method", "compiling", "fastest_convolutions", "tried"],
     "distributed": ["agree", "all_reduce_mean_", "barrier", "broadcast_", "rank", "world_size"],
     "errors": ["RunError", "SandboxError"],
     "hooks": ["Register", "hookimpl"],

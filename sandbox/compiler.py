@@ -8,7 +8,8 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from functools import partial
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def fastest_convolutions() -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before
+
+
+def compiled_method(method: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """`torch.compile` of an object's method, which in a deep copy of the object is the copy's.
+
+    Compiled as it is it would be a function bound for good: copies would compute with the weights
+    of the original.
+    """
+    if not isinstance(method, MethodType):
+        return torch.compile(method, *args, **kwargs)
+    return partial(torch.compile(method.__func__, *args, **kwargs), method.__self__)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

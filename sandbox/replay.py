@@ -6,6 +6,7 @@ change in place, but whoever records must name in the `key` all else that a call
 `places` tells where tensors lie.
 """
 
+import copy
 import functools
 import warnings
 from collections import OrderedDict
@@ -103,6 +104,10 @@ class Recordings:
         self.kept, self.patience = kept, patience
         self._calls: OrderedDict[Hashable, Computation | int] = OrderedDict()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recordings":
+        """With none yet: those there are read what is not copied with them."""
+        return Recordings(self.kept, self.patience)
+
     def run(
         self,
         compute: Computation,
@@ -164,6 +169,10 @@ class Followed:
         self.modules = list(modules)
         self._held = held(self.modules)
         self._seen: tuple[Hashable, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
+        """Of the copied modules, of which nothing was seen."""
+        return Followed(copy.deepcopy(self.modules, memo))
 
     @classmethod
     def within(cls, *parts: object) -> "Followed | None":

@@ -158,9 +158,9 @@ class RasterTokenizer(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what training runs: encoder, quantizer and decoder, each by itself."""
         kwargs = {"dynamic": False, **kwargs}
-        self._encode = torch.compile(self.autoencoder.encode, *args, **kwargs)
-        self._decode = torch.compile(self.autoencoder.decode, *args, **kwargs)
-        self._judge = torch.compile(self._judged, *args, **kwargs)
+        self._encode = sandbox.compiled_method(self.autoencoder.encode, *args, **kwargs)
+        self._decode = sandbox.compiled_method(self.autoencoder.decode, *args, **kwargs)
+        self._judge = sandbox.compiled_method(self._judged, *args, **kwargs)
 
     def after_step(
         self, optimizer: torch.optim.Optimizer, progress: float, rng: torch.Generator

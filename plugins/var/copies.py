@@ -66,10 +66,9 @@ def current(network: "VAR", dtype: torch.dtype) -> Weights:
     return made[key]
 
 
-@torch.no_grad()
 def cast(network: "VAR", dtype: torch.dtype) -> Weights:
     """Copies in `dtype`, as autocast has them; they are no inference tensors."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():  # the first would have gradients taken
         of = own(network, dtype)
         word_embed = copy.deepcopy(of.word_embed).to(dtype).requires_grad_(False)
         blocks = [cast_block(block, dtype) for block in of.blocks]
