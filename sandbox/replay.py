@@ -35,7 +35,8 @@ class Recording:
 
     It draws what the plain computation would draw from the same generator, and moves that on.
     Computed twice before, so that what is set up at first use is no part of it, and so that what
-    waits for the device is found out before it breaks a recording. Raises RuntimeError.
+    waits for the device is found out before it breaks a recording: on `stream`, that of those that
+    share its memory `pool`, or one for all that name none. Raises RuntimeError.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Recording:
         inputs: Tensor,
         rng: torch.Generator,
         pool: Any = None,
+        stream: Any = None,
     ) -> None:
         self.compute = compute  # kept, so that the ids of what it refers to stay taken
         device = inputs.device
@@ -55,7 +57,7 @@ class Recording:
         self.graph.register_generator_state(self._rng)
         cuda: Any = torch.cuda  # torch leaves streams untyped
         with cuda.device(device):
-            stream = _recording_stream(device)
+            self.stream = stream = stream or _recording_stream(device)
             stream.wait_stream(cuda.current_stream())
             try:
                 with cuda.stream(stream):
@@ -97,7 +99,9 @@ class Recordings:
     """The recordings of a computation, one for each kind of call, the latest `kept` of them.
 
     Recording takes the time of about three calls, so a kind of call comes `patience` times before
-    it is recorded. Recordings share their memory: all together need what the largest needs.
+    it is recorded. Recordings share their memory: all together need what the largest needs, and
+    only one is replayed at a time. Those of another object may be replayed beside them: they have a
+    stream of their own, which kernels that keep something from launch to launch keep it by.
     """
 
     def __init__(self, kept: int = 8, patience: int = 3) -> None:
@@ -135,7 +139,9 @@ class Recordings:
         others = (call for call in self._calls.values() if isinstance(call, Recording))
         shared = next(others, None)
         try:
-            return Recording(compute, inputs, rng, shared.graph.pool() if shared else None)
+            if shared:
+                return Recording(compute, inputs, rng, shared.graph.pool(), shared.stream)
+            return Recording(compute, inputs, rng, stream=_own_stream(inputs.device))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):  # leave the plain way what there is
                 self._forget()
@@ -157,9 +163,13 @@ class Recordings:
 
 @functools.cache
 def _recording_stream(device: torch.device) -> Any:
-    """The same for all recordings: on another stream none could use the memory they share."""
+    """One for all that name none: each stream that was ever used keeps some memory."""
+    return _own_stream(device)
+
+
+def _own_stream(device: torch.device) -> Any:
     cuda: Any = torch.cuda
-    return cuda.Stream(device)
+    return cuda.Stream(device) if device.type == "cuda" else None
 
 
 class Followed:

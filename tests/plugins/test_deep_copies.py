@@ -80,8 +80,8 @@ def test_what_notices_that_weights_move_watches_those_of_the_copy(load):
 class Kept:
     """Stands for a graph: what it gave when it was recorded, whatever became of weights."""
 
-    def __init__(self, compute, inputs, rng, pool=None):
-        self.graph, self.found = self, compute(inputs, rng)
+    def __init__(self, compute, inputs, rng, pool=None, stream=None):
+        self.graph, self.stream, self.found = self, stream, compute(inputs, rng)
 
     def __call__(self, inputs, rng):
         return self.found
