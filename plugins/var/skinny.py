@@ -8,7 +8,6 @@ The weights are the left operand: their channels fill a matrix unit, which the t
 Imported only for tokens on a GPU: triton takes its time, and is not there on every platform.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -97,8 +96,9 @@ def gated_linear(
     """`residual` + `gate` times the linear layer of what all heads of a token are side by side.
 
     All are of one type, `d` and heads * e multiples of 128, and `y` no more than `few.LIMIT`
-    tokens; raises ValueError else. Launches on one device have to follow one another: where the
-    input channels are split, they count in the same place which programs are done.
+    tokens; raises ValueError else. Where the input channels are split, launches of one stream, and
+    replays of what was recorded on one, count in the same place which programs are done: these have
+    to follow one another.
     """
     (b, heads, n, e), num_out = y.shape, len(weight)
     beside = [(bias, (num_out,)), (gate, (b, 1, num_out)), (residual, (b, n, num_out))]
@@ -155,7 +155,27 @@ def _require(
         )
 
 
-@cache
+_counts: dict[tuple[torch.device, int], Tensor] = {}
+
+
 def _arrived(device: torch.device) -> Tensor:
-    """How many programs of each output tile are done: zeros, from one launch to the next."""
-    return torch.zeros(TILES, dtype=torch.int32, device=device)
+    """How many programs of each output tile are done: zeros, from one launch to the next.
+
+    One for each stream. What is recorded has that of the stream it is recorded on; where nothing
+    ran there before, zeros of its own, which are made anew in every replay and nowhere else.
+    """
+    stream, recorded = _stream(device)
+    if (device, stream) in _counts:
+        return _counts[device, stream]
+    made = torch.zeros(TILES, dtype=torch.int32, device=device)
+    if not recorded:
+        _counts[device, stream] = made
+    return made
+
+
+def _stream(device: torch.device) -> tuple[int, bool]:
+    """The current one, and whether it is being recorded."""
+    if device.type != "cuda":
+        return 0, False
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return stream, torch.cuda.is_current_stream_capturing()

@@ -5,6 +5,7 @@ Where there is no GPU, Triton's interpreter checks the arithmetic on narrow bloc
 
 import copy
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,53 @@ def test_a_recording_gives_what_it_was_recorded_of_again_and_again():
         found.zero_()
         graph.replay()
         assert torch.equal(found, plain)
+
+
+def test_each_stream_counts_for_itself_and_what_is_recorded_alone_is_not_kept(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    from sandbox_plugins.var import skinny
+
+    monkeypatch.setattr(skinny, "_counts", {})
+
+    def arrived(stream, recorded=False):
+        monkeypatch.setattr(skinny, "_stream", lambda device: (stream, recorded))
+        return skinny._arrived(torch.device("cpu"))
+
+    first, other = arrived(1), arrived(2)
+    assert arrived(1) is first and arrived(2) is other and other is not first
+    assert not first.any() and not other.any()
+    assert arrived(2, recorded=True) is other
+    recorded = arrived(3, recorded=True)  # zeros only while what was recorded is replayed
+    assert arrived(3, recorded=True) is not recorded
+    assert arrived(3) is not recorded and arrived(3) is arrived(3)
+
+
+@pytest.mark.gpu
+def test_two_streams_at_a_time_draw_what_each_draws_alone():
+    skinny = the_kernels(torch.bfloat16, 8, 16, 1024)
+    made, x, six = operands(torch.bfloat16, 2, 4, 1024, "cuda")
+    weight = made(1024, 4096).bfloat16()
+    bias, ys = weight[:, 0].contiguous(), [made(2, 1, 4, 4096).bfloat16() for _ in range(2)]
+    assert skinny.plan(8, 4096, 1024, whole=False).splits > 1
+    compute = [lambda inputs, rng, y=y: skinny.gated_linear(y, weight, bias, six[0], x) for y in ys]
+    plain, rng = [each(None, None) for each in compute], torch.Generator("cuda")
+    streams, recordings = [torch.cuda.Stream() for _ in ys], [sandbox.Recordings() for _ in ys]
+    zero, found = torch.zeros(1, device="cuda"), [[], []]
+    again = [
+        lambda each=each, kept=kept: kept.run(each, zero, rng, key=0, at_once=True)
+        for each, kept in zip(compute, recordings, strict=True)
+    ]
+    for draw in ([partial(each, None, None) for each in compute], again):
+        for index in range(2):  # built and recorded by themselves
+            draw[index]()
+        torch.cuda.synchronize()
+        for _ in range(100):
+            for index, stream in enumerate(streams):
+                with torch.cuda.stream(stream):
+                    found[index].append(draw[index]())
+        torch.cuda.synchronize()
+    for index, expected in enumerate(plain):
+        assert all(torch.equal(each, expected) for each in found[index])
 
 
 @pytest.mark.gpu
