@@ -8,6 +8,12 @@ from torch import multiprocessing
 from sandbox_plugins.codebooks import VQ
 
 NUM_STEPS = 6
+SETTINGS = {
+    "scales": {"restart": False},
+    "tokens": {"restart": False, "balance": "tokens"},
+    "restarts": {"restart_threshold": 0.5},
+    "restarts of learned codes": {"restart_threshold": 0.5, "update": "gradient"},
+}
 
 
 def build(**settings):
@@ -32,39 +38,35 @@ def train(codebook, batches, seed=0):
     return codebook.state_dict(), scalars
 
 
-def work(rank, folder, settings):
+def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     batches = [batch(step)[rank] for step in range(NUM_STEPS)]
-    torch.save(train(build(**settings), batches, seed=rank), f"{folder}/{rank}.pt")
+    found = {name: train(build(**settings), batches, rank) for name, settings in SETTINGS.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def in_two_processes(folder, settings):
-    multiprocessing.spawn(work, (str(folder), settings), nprocs=2)
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """What each of them found with each of the settings."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"restart": False},
-        {"restart": False, "balance": "tokens"},
-        {"restart_threshold": 0.5},
-        {"restart_threshold": 0.5, "update": "gradient"},
-    ],
-    ids=["scales", "tokens", "restarts", "restarts of learned codes"],
-)
-def test_two_processes_hold_the_codes_of_one_that_sees_both_batches(tmp_path, settings):
-    (first, told), (second, also_told) = in_two_processes(tmp_path, settings)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_hold_the_codes_of_one_that_sees_both_batches(in_two_processes, name):
+    (first, told), (second, also_told) = (found[name] for found in in_two_processes)
+    settings = SETTINGS[name]
     assert told == also_told
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
     assert first["num_steps"] == NUM_STEPS
     if settings.get("restart", True):
         assert sum(scalars["codes_restarted"] for scalars in told) > 0
         return
     both = [[torch.cat(pair) for pair in zip(*batch(step), strict=True)] for step in range(6)]
     alone, _ = train(build(**settings), both)
-    for name, tensor in first.items():
-        torch.testing.assert_close(tensor, alone[name], msg=name)
+    for key, tensor in first.items():
+        torch.testing.assert_close(tensor, alone[key], msg=key)
