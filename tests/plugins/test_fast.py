@@ -251,7 +251,7 @@ def renders_alike(run):
     assert not torch.equal(*found)
 
 
-CNN_SETTINGS = {"name": "cnn", "ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1, "code_dim": 4}
+CNN_SETTINGS = {"name": "cnn", "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "code_dim": 4}
 
 
 @pytest.mark.usefixtures("quickly_compiled")
