@@ -22,6 +22,9 @@ over a vocabulary are closer than that."""
 NO_MASS = 40.0
 """Ids whose logits are this much below the greatest have no mass in float32."""
 
+BITS = 2**53 - 1
+"""Those of a random 64-bit number that a uniform float64 is made of."""
+
 HALVINGS = 8
 """Steps towards the top-k-th logit, which is not needed closely: little mass is around it."""
 
@@ -31,22 +34,25 @@ def draw(
 ) -> Int[Tensor, "*b"]:
     """What `TopKTopP.draw` says, with the same random numbers, from float32 logits on a CPU."""
     rows = logits.reshape(-1, logits.shape[-1])
-    # What `exponential_` reads, before it takes one logarithm after the other.
-    uniform = torch.empty(rows.shape, dtype=torch.float64).uniform_(generator=rng)
-    ids, sure = compiled()(rows, uniform, top_k, top_p)
+    # What `exponential_` reads, before it makes a number in [0, 1) of the lower 53 bits of each and
+    # takes its logarithm, one after the other.
+    bits = torch.empty(rows.shape, dtype=torch.int64).random_(generator=rng)
+    ids, sure = compiled()(rows, bits, top_k, top_p)
     if not sure.all():
         unsure = ~sure
-        race = search(rows[unsure], top_k, top_p).softmax(dim=-1) / -torch.log1p(-uniform[unsure])
+        uniform = (bits[unsure] & BITS).double() / (BITS + 1)
+        race = search(rows[unsure], top_k, top_p).softmax(dim=-1) / -torch.log1p(-uniform)
         ids[unsure] = race.argmax(dim=-1)
     return ids.view(logits.shape[:-1])
 
 
 def winners(
-    logits: Float[Tensor, "n v"], uniform: Float[Tensor, "n v"], top_k: int, top_p: float
+    logits: Float[Tensor, "n v"], bits: Int[Tensor, "n v"], top_k: int, top_p: float
 ) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
     """Who wins among all ids, and whether it is sure to be among those that may be drawn."""
     masses = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    ids = (masses / -torch.log1p(-uniform.float())).argmax(dim=-1, keepdim=True)
+    uniform = (bits & BITS).float() / (BITS + 1)
+    ids = (masses / -torch.log1p(-uniform)).argmax(dim=-1, keepdim=True)
     likelier = logits > logits.gather(-1, ids)
     all_mass = mass = masses.sum(dim=-1)
     sure = mass.isfinite()  # else a logit is NaN, or without bounds

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -82,7 +83,7 @@ def enter(
 ) -> tuple[Float[Tensor, "b n d"], Any]:
     """The tokens (`VAR.read`), and what the first block's attention is to see of them."""
     x = network.read(*tokens) + places
-    return x, _before(first, x)
+    return x, _before(first, _alone(x), len(x))
 
 
 def between(
@@ -92,8 +93,8 @@ def between(
     seen: Float[Tensor, "b heads n e"],
 ) -> tuple[Float[Tensor, "b n d"], Any]:
     """From what a block's attention saw to what the next one's is to see."""
-    x = layer.block.after(x, seen, layer.modulation)
-    return x, _before(following, x)
+    alone = _after(layer, x, seen)
+    return alone.view(x.shape), _before(following, alone, len(x))
 
 
 def leave(
@@ -104,11 +105,36 @@ def leave(
     head: Float[Tensor, "b 1 2 d"],
 ) -> Float[Tensor, "b n v"]:
     """From what the last block's attention saw to the logits."""
-    return network.predict(last.block.after(x, seen, last.modulation), head)
+    logits = network.predict(_after(last, x, seen), _spread(head, x.shape[1]))
+    return logits.view(*x.shape[:2], -1)
 
 
-def _before(layer: Layer, x: Float[Tensor, "b n d"]) -> tuple[Tensor, Tensor, Tensor]:
-    return layer.block.before(x, layer.modulation, layer.bias)
+def _before(
+    layer: Layer, alone: Float[Tensor, "bn 1 d"], batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    modulation = _spread(layer.modulation, len(alone) // batch)
+    q, k, v = layer.block.before(alone, modulation, layer.bias)
+    q, k, v = (rearrange(each, "(b n) heads 1 e -> b heads n e", b=batch) for each in (q, k, v))
+    return q, k, v
+
+
+def _after(
+    layer: Layer, x: Float[Tensor, "b n d"], seen: Float[Tensor, "b heads n e"]
+) -> Float[Tensor, "bn 1 d"]:
+    seen = rearrange(seen, "b heads n e -> (b n) heads 1 e")
+    return layer.block.after(_alone(x), seen, _spread(layer.modulation, x.shape[1]))
+
+
+def _alone(x: Float[Tensor, "b n d"]) -> Float[Tensor, "bn 1 d"]:
+    """Every token as if it were an image's only one: then one loop over tokens does for all that
+    stands between two products, and what it has of a token stays in a core's nearest cache.
+    """
+    return rearrange(x, "b n d -> (b n) 1 d")
+
+
+def _spread(modulation: Float[Tensor, "b 1 k d"], n: int) -> Float[Tensor, "bn 1 k d"]:
+    """The modulation of each such token; compiled, it is read from where it was."""
+    return modulation.expand(-1, n, -1, -1).flatten(0, 1)[:, None]
 
 
 @cache

@@ -47,11 +47,10 @@ def test_the_fast_draws_are_the_plain_ones_and_leave_the_same_random_state(wishe
 @pytest.mark.parametrize("wishes", WISHES, ids=str)
 def test_a_sure_winner_may_be_drawn_and_most_winners_are_sure(wishes):
     logits = some_logits().flatten(0, 1)
-    uniform = torch.rand(
-        logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    bits = torch.empty(logits.shape, dtype=torch.int64)
+    bits.random_(generator=torch.Generator().manual_seed(1))
     top = wishes["top_k"], wishes["top_p"]
-    ids, sure = race.winners(logits, uniform, *top)
+    ids, sure = race.winners(logits, bits, *top)
     kept = likeliest.search(logits, *top).gather(-1, ids[:, None]).squeeze(-1) > -torch.inf
     assert kept[sure].all()
     if wishes == WISHES[1]:
@@ -64,10 +63,9 @@ def test_a_sure_winner_may_be_drawn_and_most_winners_are_sure(wishes):
 def test_winners_are_sure_whatever_the_least_logit_is(least):
     logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))
     logits[:, 7] = least
-    uniform = torch.rand(
-        logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    assert race.winners(logits, uniform, 900, 0.96)[1].float().mean() > 0.9
+    bits = torch.empty(logits.shape, dtype=torch.int64)
+    bits.random_(generator=torch.Generator().manual_seed(1))
+    assert race.winners(logits, bits, 900, 0.96)[1].float().mean() > 0.9
 
 
 def test_one_row_nan_and_what_is_without_bounds_are_drawn_as_plainly():
@@ -78,11 +76,14 @@ def test_one_row_nan_and_what_is_without_bounds_are_drawn_as_plainly():
             assert torch.equal(*(drawn(wishes, logits, fused)[0] for fused in (False, True)))
 
 
-def test_exponential_noise_is_made_of_the_uniform_numbers_that_are_taken_for_it():
+def test_exponential_noise_is_made_of_the_random_bits_that_are_taken_for_it():
     """What torch does within is nobody's promise: where this fails, `race` draws otherwise."""
-    noise, uniform = torch.empty(5, 700), torch.empty(5, 700, dtype=torch.float64)
-    noise.exponential_(generator=torch.Generator().manual_seed(2))
-    uniform.uniform_(generator=torch.Generator().manual_seed(2))
+    noise, bits = torch.empty(5, 700), torch.empty(5, 700, dtype=torch.int64)
+    rngs = [torch.Generator().manual_seed(2) for _ in range(2)]
+    noise.exponential_(generator=rngs[0])
+    bits.random_(generator=rngs[1])
+    assert torch.equal(*(rng.get_state() for rng in rngs))
+    uniform = (bits & race.BITS).double() / (race.BITS + 1)
     torch.testing.assert_close(noise.double(), -torch.log1p(-uniform), rtol=1e-5, atol=1e-9)
 
 
