@@ -62,6 +62,8 @@ class CachedAttention(SdpaAttention):
             return None
         from . import cached_kernel
 
+        if n > cached_kernel.APPENDED[qkv.dtype]:
+            return None
         return cached_kernel.append(qkv, past, start, scale, cosine)
 
 

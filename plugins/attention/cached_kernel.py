@@ -22,6 +22,9 @@ FILL = 128
 FEWEST, MOST = 16, 64
 """Queries of a tile: what a tensor core takes at least, and what registers hold."""
 
+APPENDED = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
+"""New tokens that a program holds: with more, it is quicker to write them to the cache before."""
+
 
 def attend(
     q: Float[Tensor, "b heads n e"],
@@ -69,10 +72,12 @@ def append(
 ) -> Float[Tensor, "b heads n e"]:
     """`attend` with new queries to all keys before them and their own, which go to the cache.
 
-    As `CachedAttention.attend_appending` says it. Raises ValueError where they have no place there.
+    As `CachedAttention.attend_appending` says it, for `APPENDED` tokens at most: each program reads
+    all of them at once. Raises ValueError where they have no place in the cache.
     """
     (b, n, d), (_, _, heads, seq_len, e) = qkv.shape, past.shape
     fits = past.shape[:2] == (2, b) and d == 3 * heads * e and 0 <= start <= seq_len - n
+    fits = fits and n <= APPENDED[qkv.dtype]
     if not fits or qkv.dtype != past.dtype or not past.is_contiguous():
         raise ValueError(
             f"{n} tokens from {start} on, {qkv.dtype} {tuple(qkv.shape)}, have no place in a cache "
@@ -81,7 +86,8 @@ def append(
     log_scale, cap = cosine or (None, 0.0)
     out = qkv.new_empty(b, n, heads, e)
     queries, keys = tiles(b * heads, n, start + n, e, qkv.dtype)
-    across = triton.cdiv(n, queries)
+    across, new = triton.cdiv(n, queries), max(triton.next_power_of_2(n), 16)
+    keys = min(keys, max(triton.next_power_of_2(start), 32))
     with torch.cuda.device_of(qkv):
         _append[(b * heads * across,)](
             qkv.contiguous(),
@@ -98,8 +104,9 @@ def append(
             across,
             e,
             queries,
-            min(max(triton.next_power_of_2(n), 16), keys),
+            new,
             keys,
+            start <= keys,
             **sandbox.overlapping(qkv.device),
             num_warps=4,
             num_stages=3,
@@ -219,6 +226,7 @@ def _append(
     QUERIES: tl.constexpr,  # noqa: N803
     NEW: tl.constexpr,  # noqa: N803
     KEYS: tl.constexpr,  # noqa: N803
+    ONCE: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A tile of one head's new queries; the first tile also writes the head's keys and values."""
@@ -232,37 +240,42 @@ def _append(
     new, channels = tl.arange(0, NEW)[:, None], tl.arange(0, E)[None, :]
     first, width = tile * QUERIES, heads * E
     qkv += (image * n * 3 * heads + head) * E + channels
+    read = qkv + new * (3 * width)
+    past += row.to(tl.int64) * seq_len * E
+    earlier = past + keys * E + channels
+    # All that the first tiles need is on its way at the same time.
     asked = tl.load(qkv + (first + queries) * (3 * width), queries < n - first, 0.0)
+    held = tl.load(read + width, new < n, 0.0)
+    values = tl.load(read + 2 * width, new < n, 0.0)
+    if ONCE:
+        old_held = tl.load(earlier, keys < start, 0.0)
+        old_values = tl.load(earlier + values_from, keys < start, 0.0)
     if log_scale is not None:
         sharpness = tl.load(log_scale + head).to(tl.float32)
         sharpness = tl.exp(tl.where(sharpness > cap, cap, sharpness))
-        asked = (_normalised(asked) * sharpness).to(qkv.dtype.element_ty)
+        asked = (_normalised(asked) * sharpness).to(values.dtype)
+        held = _normalised(held).to(values.dtype)
     greatest = tl.full([QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     seen = tl.zeros([QUERIES, E], tl.float32)
-    past += row.to(tl.int64) * seq_len * E
-    for turn in range(0, n, NEW):
-        there = new < n - turn
-        read = qkv + (turn + new) * (3 * width)
-        held = tl.load(read + width, there, 0.0)
-        values = tl.load(read + 2 * width, there, 0.0)
-        if log_scale is not None:
-            held = _normalised(held).to(values.dtype)
-        if tile == 0:
-            write = past + (start + turn + new) * E + channels
-            tl.store(write, held, there)
-            tl.store(write + values_from, values, there)
+    greatest, total, seen = _look(asked, held, values, n, scale, greatest, total, seen, NEW)
+    if ONCE:
         greatest, total, seen = _look(
-            asked, held, values, n - turn, scale, greatest, total, seen, NEW
+            asked, old_held, old_values, start, scale, greatest, total, seen, KEYS
         )
-    past += keys * E + channels
-    for turn in range(0, start, KEYS):
-        there = keys < start - turn
-        held, values = tl.load(past, there, 0.0), tl.load(past + values_from, there, 0.0)
-        greatest, total, seen = _look(
-            asked, held, values, start - turn, scale, greatest, total, seen, KEYS
-        )
-        past += KEYS * E
+    else:
+        for turn in range(0, start, KEYS):
+            left = start - turn
+            old_held = tl.load(earlier, keys < left, 0.0)
+            old_values = tl.load(earlier + values_from, keys < left, 0.0)
+            greatest, total, seen = _look(
+                asked, old_held, old_values, left, scale, greatest, total, seen, KEYS
+            )
+            earlier += KEYS * E
+    if tile == 0:
+        write = past + (start + new) * E + channels
+        tl.store(write, held, new < n)
+        tl.store(write + values_from, values, new < n)
     write = out + ((image * n + first) * heads + head) * E + queries * width + channels
     tl.store(write, seen / total[:, None], queries < n - first)
 

@@ -20,10 +20,8 @@ from . import norm_kernels as kernels
 
 HELD = 8192
 """Numbers of a group, its sides rounded up to powers of two, that one program holds."""
-SHARES = 256
-"""Programs that take the moments of one image, at most."""
-PROGRAMS = 2112
-"""Programs that keep a GPU busy: sixteen on each of 132 multiprocessors."""
+SHARES = 512
+"""Programs that take the moments of some channels of one image, at most."""
 WIDEST = 128
 """Channels of a program, at most: a power of two that divides them, so that no thread idles."""
 TILE, WARPS = 4096, 4
@@ -68,7 +66,7 @@ def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Te
     block, width = triton.next_power_of_2(h * w), triton.next_power_of_2(channels)
     learned = norm.weight, norm.bias, norm.eps
     if block * width > HELD:
-        share = _share(h * w, d, _shares(b, d))
+        share = _share(h * w, d, SHARES)
         shares = triton.cdiv(h * w, share)
         moments = out.new_empty(b, shares, 2, d, dtype=torch.float32)
         _sum_up(terms, summed, moments, share)
@@ -142,7 +140,7 @@ def _scales(
             triton.next_power_of_2(shares),
             triton.next_power_of_2(channels),
             **sandbox.overlapping(moments.device),
-            num_warps=1,
+            num_warps=1 if shares <= 64 else 4,
         )
     return scales
 
@@ -164,12 +162,6 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
             **sandbox.overlapping(out.device),
             num_warps=WARPS_APPLIED,
         )
-
-
-def _shares(images: int, channels: int) -> int:
-    """In how many shares the moments of an image are taken, at most."""
-    _, width = _tile(channels, TILE)
-    return min(SHARES, max(1, PROGRAMS // (images * channels // width)))
 
 
 def _share(pixels: int, channels: int, most: int) -> int:

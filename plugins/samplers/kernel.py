@@ -17,6 +17,8 @@ from triton.language.extra import libdevice
 
 from .likeliest import MASS
 
+MANY = 1024
+"""Rows that keep a GPU busy, whatever each takes."""
 LONGEST = 2**14
 """Ids of a row: more would not fit in registers."""
 _MASS = tl.constexpr(float(MASS))
@@ -57,9 +59,10 @@ def _launch(
     top_p: float,
 ) -> Tensor:
     logits, v = logits.contiguous(), logits.shape[-1]
-    block = max(32, triton.next_power_of_2(v))
+    block, rows = max(32, triton.next_power_of_2(v)), logits.numel() // v
+    held = 1024 if rows < MANY else 2048  # numbers of a warp: fewer warps wait less for each other
     with torch.cuda.device_of(logits):
-        _rows[(logits.numel() // v,)](
+        _rows[(rows,)](
             logits,
             masses if masses is None else masses.contiguous(),
             noise if noise is None else noise.contiguous(),
@@ -68,7 +71,7 @@ def _launch(
             min(top_k, v) or v,
             top_p,
             block,
-            num_warps=min(max(block // 512, 1), 16),
+            num_warps=min(max(block // held, 1), 16),
         )
     return out
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 import sandbox
 
+BLOCK = 16
+"""Channels of a canvas that a program paints: what a product takes at least."""
+
 
 def paint(
     canvas: Float[Tensor, "b c h w"],
@@ -33,8 +36,10 @@ def paint(
     if codes.stride(2) != 1 or codes.stride(1) != c:
         codes = codes.contiguous()
     weight, bias, ratio = phi or (None, None, 0.0)
+    if weight is not None:  # out of c 3 3, a program would read each number by itself
+        weight = weight.permute(3, 2, 1, 0).contiguous()
     with torch.cuda.device_of(canvas):
-        _paint[(h, b)](
+        _paint[(triton.cdiv(c, BLOCK), h, b)](
             canvas,
             codes,
             rows,
@@ -43,14 +48,14 @@ def paint(
             bias,
             out,
             codes.stride(0),
-            *(weight.stride() if weight is not None else (0, 0, 0, 0)),
             i,
             j,
             ratio,
             h,
             w,
             c,
-            *map(_padded, (i, j, w, c, 3 * c)),
+            *map(_padded, (i, j, w, 3 * c)),
+            BLOCK,
             **sandbox.overlapping(canvas.device),
             num_warps=4,
         )
@@ -97,10 +102,6 @@ def _paint(
     bias,
     out,
     batch_stride,
-    to_stride,
-    from_stride,
-    y_stride,
-    x_stride,
     of_rows,
     of_columns,
     ratio,
@@ -110,15 +111,15 @@ def _paint(
     ROWS: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
-    CHANNELS: tl.constexpr,  # noqa: N803
     TRIPLE: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """A row of an image's canvas."""
+    """A row of an image's canvas, in a few channels."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    y, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    y, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
     codes += image * batch_stride
     # Three rows that the convolution reads, side by side, in the step's own columns.
     column, three = tl.arange(0, COLUMNS)[:, None], tl.arange(0, TRIPLE)[None, :]
@@ -130,14 +131,15 @@ def _paint(
         share = tl.load(rows + row * of_rows + each, there, 0.0)
         place = (each * of_columns + column) * C + channel
         mixed += share * tl.load(codes + place, there & (column < of_columns), 0.0)
-    cell, own = tl.arange(0, WIDTH)[:, None], tl.arange(0, CHANNELS)[None, :]
+    cell, own = tl.arange(0, WIDTH)[:, None], tl.arange(0, BLOCK)[None, :]
+    own += tl.program_id(0) * BLOCK
     three, column = tl.arange(0, TRIPLE)[:, None], tl.arange(0, COLUMNS)[None, :]
     row, channel = three // C, three % C
-    total = tl.zeros([WIDTH, CHANNELS], tl.float32)
+    total = tl.zeros([WIDTH, BLOCK], tl.float32)
     for x in tl.static_range(3):
         kernel = tl.where((row == 1) & (channel == own) & (x == 1), 1 - ratio, 0.0)
         if weight is not None:
-            place = own * to_stride + channel * from_stride + row * y_stride + x * x_stride
+            place = (x * 3 * C + three) * C + own
             kernel += ratio * tl.load(weight + place, (three < 3 * C) & (own < C), 0.0)
         seen = cell + x - 1
         there = (seen >= 0) & (seen < W) & (column < of_columns)
@@ -177,8 +179,10 @@ def _shrink(
     cell, own = tl.arange(0, WIDTH)[:, None], tl.arange(0, CHANNELS)[None, :]
     canvas += image * H * W * C
     total = tl.zeros([WIDTH, CHANNELS], tl.float32)
-    for y in range(row * H // of_rows, ((row + 1) * H + of_rows - 1) // of_rows):
-        value = tl.load(canvas + (y * W + cell) * C + own, (cell < W) & (own < C), 0.0)
+    first, end = row * H // of_rows, ((row + 1) * H + of_rows - 1) // of_rows
+    for y in tl.static_range(H):  # all are on their way at once; only what counts is read
+        there = (cell < W) & (own < C) & (y >= first) & (y < end)
+        value = tl.load(canvas + (y * W + cell) * C + own, there, 0.0)
         total += tl.load(rows + row * H + y) * value
     column, seen = tl.arange(0, COLUMNS)[:, None], tl.arange(0, WIDTH)[None, :]
     there = (column < of_columns) & (seen < W)

@@ -3,6 +3,7 @@
 import gc
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -15,6 +16,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _REFUSALS = (RuntimeError, MemoryError, ValueError, TypeError, sandbox.SandboxError)
 _PROCESS = Path("/proc/self")
+WARM_SECONDS = 0.5
+"""Work after which a GPU that was idle runs at its speed again."""
 
 
 class Clock:
@@ -49,6 +52,23 @@ class Clock:
             ended = self.mark()
             self.settle()
             found.append(self.seconds(began, ended))
+        return found
+
+    def time_on_end(self, call: Callable[[], Any], repeats: int) -> list[float]:
+        """Seconds of each of so many calls that follow one another, as a device does them."""
+        self.settle()
+        marks = [self.mark()]
+        for _ in range(repeats):
+            call()
+            marks.append(self.mark())
+        self.settle()
+        return [self.seconds(*pair) for pair in pairwise(marks)]
+
+    def warm_up(self, call: Callable[[], Any], least: int) -> list[float]:
+        """Seconds of calls until a GPU is no longer idle enough to run at less than its speed."""
+        found = self.time(call, least)
+        while self.on_gpu and sum(found) < WARM_SECONDS:
+            found += self.time(call, 1)
         return found
 
 

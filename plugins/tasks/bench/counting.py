@@ -27,6 +27,9 @@ HOW = {
     "split": "with `fast` off, by marks before and after each part's methods, in calls of their "
     "own; `rest` is what is left of those calls' whole; on a GPU, waiting for launches counts "
     "where it happens",
+    "seconds": "of a generation, from call to image with nothing else on the device; encoding, "
+    "decoding and training in calls one after the other without waiting between, as in bulk; after "
+    "half a second of such calls or more on a GPU, which is slower at first",
     "first_seconds": "the first call, with all that is set up then: compiled kernels and "
     "attention's picks where there were none before, and a generation's CUDA graph",
     "ended_seconds": "since the measurement began, as `began_seconds` (which is when the row "

@@ -65,7 +65,7 @@ def generation(
         (first,) = clock.time(call, 1)
         if setting.fast == "auto":  # recorded when it comes a fourth time
             clock.time(call, 3)
-        found = _timed(clock, call, setting, fresh=False) | {"first_seconds": first}
+        found = _timed(clock, call, setting, alone=True) | {"first_seconds": first}
         found["peak_bytes"] = peak_bytes(clock.device) if known else None
         if setting.plain:  # a recorded generation has no parts
             split_once(split, call)  # what is set up at the first such call
@@ -141,7 +141,7 @@ def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
             found = _timed(clock, lambda: step(made), setting)
         splits = [
             dict(zip(_STAGES, map(clock.seconds, marks, marks[1:]), strict=False))
-            for marks in stages[setting.warmup : setting.warmup + setting.repeats]
+            for marks in stages[-setting.repeats - setting.profile :][: setting.repeats]
         ]
         work = Work(counted // size, None, None) if counted else None
         return found | {"splits": splits} | shares(found["median_seconds"], size, work)
@@ -211,12 +211,14 @@ def _refusing_the_plain_path() -> Iterator[None]:
 
 
 def _timed(
-    clock: Clock, call: Callable[[], Any], setting: Setting, *, fresh: bool = True
+    clock: Clock, call: Callable[[], Any], setting: Setting, *, alone: bool = False
 ) -> dict[str, Any]:
-    """Seconds, their spread, what follows from them, and (`fresh`) the peak of memory."""
-    known = fresh and forget_peak(clock.device)
-    before = clock.time(call, setting.warmup)
-    seconds = clock.time(call, setting.repeats)
+    """Seconds, their spread, and what follows from them; of each call `alone`, as who waits for it
+    sees it, or of one after the other, as in bulk, and then the peak of memory too."""
+    known = not alone and forget_peak(clock.device)
+    before = clock.warm_up(call, setting.warmup)
+    timed = clock.time if alone else clock.time_on_end
+    seconds = timed(call, setting.repeats)
     found = spread(seconds)
     median = found["median_seconds"]
     peak = peak_bytes(clock.device) if known else None
