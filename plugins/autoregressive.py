@@ -191,21 +191,22 @@ class Autoregressive:
         recorded = self.fast != "off" and labels.device.type == "cuda"
         if watch is not None or not recorded or self._followed is None:
             return self._sample(labels, rng, watch=watch)
-        where = self._followed.places()
-        self._refresh_copies(self._followed, where)
+        where = self._refresh_copies(self._followed)
         drawn = partial(self._sample, sampler=self.sampler)  # kept with it, so its id stays taken
         return self._recordings.run(
             drawn, labels, rng, key=(where, *self._kind(labels)), at_once=self.fast == "on"
         )
 
-    def _refresh_copies(self, of: sandbox.Followed, where: tuple[Hashable, ...]) -> None:
-        """Of weights, where there are any and weights have moved on: recordings read them."""
-        if not of.moved_on(where):
-            return
-        for module in of.modules:
-            sandbox.refresh(module)
-        if refresh := getattr(self.backbone, "refresh", None):
-            refresh()
+    def _refresh_copies(self, of: sandbox.Followed) -> Hashable:
+        """Of weights, where there are any and weights have moved on: recordings read them. What
+        is given stands for where weights lie."""
+        where, moved_on = of.look()
+        if moved_on:
+            for module in of.modules:
+                sandbox.refresh(module)
+            if refresh := getattr(self.backbone, "refresh", None):
+                refresh()
+        return where
 
     def edit(
         self,

@@ -178,7 +178,9 @@ class Followed:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
         self._held = held(self.modules)
-        self._seen: tuple[Hashable, ...] = ()
+        self._lying: tuple[object, ...] = ()
+        self._written: tuple[object, ...] = ()
+        self._place: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Followed":
         """Of the copied modules, of which nothing was seen."""
@@ -191,17 +193,21 @@ class Followed:
         whole = len(modules) == len(parts)
         return cls(inner for part in modules for inner in part.modules()) if whole else None
 
-    def places(self) -> tuple[Hashable, ...]:
-        """Of all parameters and buffers, for the key of a recording."""
-        return places(self._held)
+    def look(self) -> tuple[Hashable, bool]:
+        """Where all parameters and buffers lie, and whether any lies elsewhere or was written to
+        since this was asked before (at first: yes).
 
-    def moved_on(self, where: tuple[Hashable, ...]) -> bool:
-        """Whether any lies elsewhere, or was written to, since this was asked before; at first yes.
-
-        `where` is what `places` says now.
+        The former is for the key of a recording: the same while nothing lies elsewhere. It is read
+        before every replay, while the device waits, so it is but a name for what `places` says.
         """
-        before, self._seen = self._seen, (where, versions(self._held))
-        return self._seen != before
+        tensors = _tensors(self._held)
+        lying, written = _places(tensors), _versions(tensors)
+        moved = lying != self._lying
+        if moved:
+            self._lying, self._place = lying, object()
+        moved_on = moved or written != self._written
+        self._written = written
+        return self._place, moved_on
 
 
 def held(modules: Iterable[nn.Module]) -> Held:
@@ -210,20 +216,26 @@ def held(modules: Iterable[nn.Module]) -> Held:
     return [own for module in modules for own in (module._parameters, module._buffers)]
 
 
-def places(of: Held) -> tuple[Hashable, ...]:
-    """Where parameters and buffers lie. Read before every replay, while the device waits."""
-    tensors = _tensors(of)
-    return *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)
+def places(of: Held) -> tuple[object, ...]:
+    """Where parameters and buffers lie."""
+    return _places(_tensors(of))
 
 
-def versions(of: Held) -> tuple[Hashable, ...]:
+def versions(of: Held) -> tuple[object, ...]:
     """How often parameters and buffers were written to.
 
     While this and `places` stay equal, they are as they were. Fused optimizers do not count as
     writing, so every step of any optimizer does. Of what was made in inference mode nobody knows:
     it never is equal. What is written through `.data` is missed.
     """
-    tensors = _tensors(of)
+    return _versions(_tensors(of))
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    return *map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)
+
+
+def _versions(tensors: Sequence[Tensor]) -> tuple[object, ...]:
     try:
         found: list[object] = [tensor._version for tensor in tensors]
     except RuntimeError:  # of an inference tensor

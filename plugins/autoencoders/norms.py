@@ -24,8 +24,9 @@ SHARES = 512
 """Programs that take the moments of some channels of one image, at most."""
 WIDEST = 128
 """Channels of a program, at most: a power of two that divides them, so that no thread idles."""
-TILE, WARPS = 4096, 4
-"""Numbers that a program takes the moments of at once, and the warps that do so."""
+TILE, TURNS, WARPS = 2048, 4, 4
+"""Numbers that a program takes the moments of apart, how many times as many it reads at once, and
+the warps that do so."""
 TILE_APPLIED, WARPS_APPLIED = 4096, 4
 """The same where moments are applied."""
 
@@ -107,6 +108,7 @@ def _sum_up(
             d,
             width,
             rows,
+            TURNS,
             pad,
             **sandbox.overlapping(terms.first.device),
             num_warps=WARPS,
@@ -166,7 +168,7 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
 
 def _share(pixels: int, channels: int, most: int) -> int:
     """Pixels of a program's share, where at most `most` share: whole tiles."""
-    rows, _ = _tile(channels, TILE)
+    rows = _tile(channels, TILE)[0] * TURNS
     return triton.cdiv(triton.cdiv(pixels, most), rows) * rows
 
 

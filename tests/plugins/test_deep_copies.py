@@ -102,8 +102,7 @@ def test_a_copy_shares_no_recording(load, monkeypatch):
         def draw(labels, rng):
             return each.network.head.weight.sum()
 
-        where = each._followed.places()
-        each._refresh_copies(each._followed, where)
+        where = each._refresh_copies(each._followed)
         return each._recordings.run(draw, torch.zeros(1), None, key=where, at_once=True)
 
     first = recorded(generator)

@@ -299,7 +299,7 @@ def test_copies_are_refreshed_where_weights_were_exchanged_and_put_back(load, mo
 
     def count():
         refreshed.clear()
-        made._refresh_copies(made._followed, made._followed.places())
+        made._refresh_copies(made._followed)
         return len(refreshed)
 
     assert count() == len(made._followed.modules) and count() == 0
@@ -411,7 +411,9 @@ def test_greedy_tokens_of_a_compiled_recording_are_the_plain_ones(load, layout):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [3, 30])
-@pytest.mark.parametrize("settings", [{"width": 128}, {"width": 96, "shared_adaln": True}])
+@pytest.mark.parametrize(
+    "settings", [{"width": 128}, {"width": 96, "num_heads": 3, "shared_adaln": True}]
+)
 def test_a_gpu_draws_alike_and_compiles_nothing_of_a_network(
     load, monkeypatch, dtype, size, settings
 ):
