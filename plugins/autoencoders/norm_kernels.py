@@ -21,7 +21,6 @@ def sum_up(
     D: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
-    TURNS: tl.constexpr,  # noqa: N803
     PAD: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
@@ -42,20 +41,18 @@ def sum_up(
     middle = _value(first, first_bias, second, second_bias, begin, own, end, D)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     squares = tl.zeros([ROWS, WIDTH], tl.float32)
-    turns, rows = tl.arange(0, TURNS)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-    for start in range(begin, end, TURNS * ROWS):
-        # More is read at once than is kept apart: memory is far, and registers are few.
-        pixel = start + turns * ROWS + rows
-        value = _value(first, first_bias, second, second_bias, pixel, own[None, :, :], end, D)
+    for start in range(begin, end, ROWS):
+        pixel = start + tl.arange(0, ROWS)[:, None]
+        value = _value(first, first_bias, second, second_bias, pixel, own, end, D)
         if summed is not None:
             value = value.to(summed.dtype.element_ty)  # what is normalised is what is handed on
             place = pixel // columns * (columns + PAD) + pixel % columns if PAD else pixel
-            tl.store(summed + place * D + own[None, :, :], value, pixel < end)
+            tl.store(summed + place * D + own, value, pixel < end)
             value = value.to(tl.float32)
         if moments is not None:
-            value = tl.where(pixel < end, value - middle[None, :, :], 0.0)
-            total += tl.sum(value, 0)
-            squares += tl.sum(value * value, 0)
+            value = tl.where(pixel < end, value - middle, 0.0)
+            total += value
+            squares += value * value
     if moments is not None:
         count = (end - begin).to(tl.float32)
         mean = tl.sum(total, 0, keep_dims=True) / count

@@ -20,14 +20,13 @@ from . import norm_kernels as kernels
 
 HELD = 8192
 """Numbers of a group, its sides rounded up to powers of two, that one program holds."""
-SHARES = 512
+SHARES = 32
 """Programs that take the moments of some channels of one image, at most."""
 WIDEST = 128
 """Channels of a program, at most: a power of two that divides them, so that no thread idles."""
-TILE, TURNS, WARPS = 2048, 4, 4
-"""Numbers that a program takes the moments of apart, how many times as many it reads at once, and
-the warps that do so."""
-TILE_APPLIED, WARPS_APPLIED = 4096, 4
+TILE, WARPS = 8192, 4
+"""Bytes of a map that a program takes the moments of at once, and the warps that do so."""
+TILE_APPLIED, WARPS_APPLIED = 8192, 4
 """The same where moments are applied."""
 
 
@@ -50,7 +49,7 @@ def added(terms: Sum, *, pad: bool = False) -> Float[Tensor, "b d hh ww"]:
     if pad:
         out[:, -1].zero_()
         out[:, :, -1].zero_()
-    _sum_up(terms, out, None, _share(h * w, d, h * w), pad)
+    _sum_up(terms, out, None, _share(terms.first, h * w), pad)
     return out.permute(0, 3, 1, 2)
 
 
@@ -67,7 +66,7 @@ def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Te
     block, width = triton.next_power_of_2(h * w), triton.next_power_of_2(channels)
     learned = norm.weight, norm.bias, norm.eps
     if block * width > HELD:
-        share = _share(h * w, d, SHARES)
+        share = _share(terms.first, SHARES)
         shares = triton.cdiv(h * w, share)
         moments = out.new_empty(b, shares, 2, d, dtype=torch.float32)
         _sum_up(terms, summed, moments, share)
@@ -96,7 +95,7 @@ def _sum_up(
 ) -> None:
     """Write the sum and the moments of each share of an image."""
     b, d, h, w = terms.first.shape
-    rows, width = _tile(d, TILE)
+    rows, width = _tile(terms.first, TILE)
     with torch.cuda.device_of(terms.first):
         kernels.sum_up[(d // width, triton.cdiv(h * w, share), b)](
             *_checked(terms),
@@ -108,7 +107,6 @@ def _sum_up(
             d,
             width,
             rows,
-            TURNS,
             pad,
             **sandbox.overlapping(terms.first.device),
             num_warps=WARPS,
@@ -149,7 +147,7 @@ def _scales(
 
 def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: bool) -> None:
     b, d, h, w = out.shape
-    rows, width = _tile(d, TILE_APPLIED)
+    rows, width = _tile(out, TILE_APPLIED)
     with torch.cuda.device_of(out):
         kernels.apply[(d // width, triton.cdiv(h * w, rows), b)](
             total.first,
@@ -166,16 +164,17 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
         )
 
 
-def _share(pixels: int, channels: int, most: int) -> int:
+def _share(maps: Tensor, most: int) -> int:
     """Pixels of a program's share, where at most `most` share: whole tiles."""
-    rows = _tile(channels, TILE)[0] * TURNS
+    pixels, rows = maps.shape[2] * maps.shape[3], _tile(maps, TILE)[0]
     return triton.cdiv(triton.cdiv(pixels, most), rows) * rows
 
 
-def _tile(channels: int, size: int) -> tuple[int, int]:
-    """Pixels and channels of a tile."""
+def _tile(maps: Tensor, size: int) -> tuple[int, int]:
+    """Pixels and channels of a tile of so many bytes."""
+    channels = maps.shape[1]
     width = min(channels & -channels, WIDEST)
-    return max(1, size // width), width
+    return max(1, size // maps.element_size() // width), width
 
 
 def _like(maps: Tensor) -> Tensor:

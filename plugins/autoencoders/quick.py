@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def encode(cnn: "CNN", images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
     """`CNN.encode`, of images in any order of memory, in the type of the convolutions' weights."""
     encoder = cnn.encoder
-    maps = _convolved(encoder.conv_in, _laid_out(images, encoder.conv_in))
+    conv = encoder.conv_in
+    images, weight = (_widened(each.to(conv.weight.dtype)) for each in (images, conv.weight))
+    maps = Sum(F.conv2d(images, weight, padding=conv.padding), conv.bias)
     for level in encoder.down:
         maps = _level(level, maps)
         if isinstance(level.downsample, nn.Identity):
@@ -88,6 +90,12 @@ def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
 
 def _convolved(conv: nn.Conv2d, maps: Float[Tensor, "b d h w"]) -> Sum:
     return Sum(F.conv2d(maps, conv.weight, padding=conv.padding), conv.bias)
+
+
+def _widened(maps: Tensor) -> Tensor:
+    """With channels of 0, so that a pixel is read in pieces of 16 bytes."""
+    missing = -maps.shape[1] % (16 // maps.element_size())
+    return F.pad(maps, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
 
 
 def _laid_out(maps: Tensor, conv: nn.Conv2d) -> Tensor:

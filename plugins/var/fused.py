@@ -56,10 +56,13 @@ def step(
     kernel = kernel_for(state.weights.blocks[0].attn, places, state.caches[0])
     if kernel is None:
         return pieces.step(network, state, context, span)
-    from . import gating
+    from . import gating, reading
 
-    layers = layers_of(state)
-    x = network.read(state.cond, context, state.weights.word_embed) + places
+    layers, embed = layers_of(state), state.weights.word_embed
+    if context is None:
+        x = network.read(state.cond) + places
+    else:
+        x = reading.read(context, embed.weight, embed.bias, places)
     skinny = products_for(layers[0].block, x.shape[:2].numel(), layers[0].modulation)
     head_scale, head_shift = state.head.unbind(2)
     if skinny:
@@ -151,13 +154,14 @@ def _kernel(
     """The module `kernel`, after a trial: triton may be missing, or the compiler that it needs."""
 
     def trial() -> ModuleType:
-        from . import gating, kernel
+        from . import gating, kernel, reading
 
         scale = torch.zeros(1, num_heads, 1, 1, device=device) if qk_norm else None
         qkv = torch.zeros(1, 1, 3 * num_heads * e, dtype=dtype, device=device)
         kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
         x = qkv[..., : num_heads * e].contiguous()
         gating.gated_norm(x, (x, x), x, x)
+        reading.read(x, x.expand(8, -1, -1).flatten(0, 1), x.new_zeros(8), x.new_zeros(1, 1, 8))
         return kernel
 
     return sandbox.tried(trial, "what stands between products without its Triton kernels")

@@ -134,7 +134,7 @@ interleaving.BLOCK = 32
 check_interleaving([(1, 1, 1, 1), (2, 5, 3, 4), (3, 32, 2, 1)])""",
     "groups that a program holds": "check_norms([(1, 96, 3, 5)])",
     "groups that many programs share": """
-norms.HELD, norms.TILE, norms.TURNS = 0, 128, 2
+norms.HELD, norms.TILE, norms.SHARES = 0, 1024, 2
 check_norms([(2, 96, 5, 3)])""",
     "both halves": "check_halves()",
 }
