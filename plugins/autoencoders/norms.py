@@ -19,7 +19,8 @@ import sandbox
 from . import norm_kernels as kernels
 
 HELD = 8192
-"""Numbers of a group, its sides rounded up to powers of two, that one program holds."""
+"""Numbers of a group, its sides rounded up to powers of two, that one program holds; of a few
+images twice as many, for which a GPU has programs to spare."""
 SHARES = 32
 """Programs that take the moments of some channels of one image, at most."""
 WIDEST = 128
@@ -65,7 +66,7 @@ def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Te
     channels = d // norm.num_groups
     block, width = triton.next_power_of_2(h * w), triton.next_power_of_2(channels)
     learned = norm.weight, norm.bias, norm.eps
-    if block * width > HELD:
+    if block * width > (HELD if b > 8 else 2 * HELD):
         share = _share(terms.first, SHARES)
         shares = triton.cdiv(h * w, share)
         moments = out.new_empty(b, shares, 2, d, dtype=torch.float32)

@@ -59,8 +59,8 @@ def step(
     from . import gating, reading
 
     layers, embed = layers_of(state), state.weights.word_embed
-    if context is None:
-        x = network.read(state.cond) + places
+    if context is None or context.shape[2] > reading.WIDEST:
+        x = network.read(state.cond, context, embed) + places
     else:
         x = reading.read(context, embed.weight, embed.bias, places)
     skinny = products_for(layers[0].block, x.shape[:2].numel(), layers[0].modulation)
@@ -161,7 +161,7 @@ def _kernel(
         kernel.place(qkv, scale, qkv.new_empty(2, 1, num_heads, 1, e), 0)
         x = qkv[..., : num_heads * e].contiguous()
         gating.gated_norm(x, (x, x), x, x)
-        reading.read(x, x.expand(8, -1, -1).flatten(0, 1), x.new_zeros(8), x.new_zeros(1, 1, 8))
+        reading.read(x[..., :4], x.new_zeros(8, 4), x.new_zeros(8), x.new_zeros(1, 1, 8))
         return kernel
 
     return sandbox.tried(trial, "what stands between products without its Triton kernels")

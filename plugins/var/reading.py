@@ -16,6 +16,8 @@ import sandbox
 
 TOKENS, CHANNELS = 16, 128
 """Of a tile."""
+WIDEST = 128
+"""Numbers of a context, at most."""
 
 
 def read(
