@@ -95,10 +95,9 @@ def anew(network: VAR, contexts: Tensor, labels: Tensor) -> Tensor:
     cond, count = network.class_emb(labels), contexts.shape[1]
     x = torch.cat([network.read(cond), network.read(cond, contexts[:, 1:])], dim=1)
     x = x + network.places()[:, :count]
-    for block, modulation in zip(
-        network.blocks, network._modulations(cond, network.blocks), strict=True
-    ):
-        x = block.forward(x, modulation.to(x.dtype), Mask((1,) * count))
+    modulations, _ = network.modulations(cond, network.blocks)
+    for block, modulation in zip(network.blocks, modulations, strict=True):
+        x = block.forward(x, modulation, Mask((1,) * count))
     return network.logits(x[:, -1:], cond)
 
 

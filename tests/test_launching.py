@@ -63,7 +63,8 @@ def test_interpreted_kernels_do_without(capability, monkeypatch):
 def kernels():
     """Each with its constants, and what its other arguments are that are no whole numbers."""
     from sandbox_plugins.attention import cached_kernel
-    from sandbox_plugins.var import gating, kernel, skinny_kernels
+    from sandbox_plugins.autoencoders import norm_kernels
+    from sandbox_plugins.var import gating, kernel, painting, reading, skinny_kernels
 
     halves = lambda names: dict.fromkeys(names.split(), "*bf16")  # noqa: E731
     few = {"ROWS": 16, "CHANNELS": 16, "STEP": 128, "OUT": 128}
@@ -80,6 +81,30 @@ def kernels():
     for once in (True, False):
         seen = {"E": 32, "QUERIES": 16, "KEYS": 32, "ONCE": once}
         yield cached_kernel._attend, seen, {**halves("q k v out"), "scale": "fp32"}
+        appended = {**halves("qkv past out"), "log_scale": "*fp32", "cap": "fp32", "scale": "fp32"}
+        yield cached_kernel._append, {**seen, "NEW": 16}, appended
+    yield from of_norms(norm_kernels, halves)
+    floats = lambda names: dict.fromkeys(names.split(), "*fp32")  # noqa: E731
+    sizes = {"W": 3, "H": 3, "C": 16, "COLUMNS": 16, "WIDTH": 16}
+    painted = {**sizes, "ROWS": 16, "TRIPLE": 64, "BLOCK": 16}
+    arguments = floats("canvas codes rows columns weight bias out")
+    yield painting._paint, painted, {**arguments, "ratio": "fp32"}
+    yield painting._shrink, {**sizes, "CHANNELS": 16}, floats("canvas rows columns out")
+    read = {"C": 16, "D": 128, "WIDTH": 16, "TOKENS": 16, "CHANNELS": 128}
+    yield reading._read, read, {"contexts": "*fp32", **halves("weight bias places out")}
+
+
+def of_norms(norm_kernels, halves):
+    maps, tile = halves("first first_bias second second_bias summed"), {"WIDTH": 32, "ROWS": 16}
+    learned = {"weight": "*fp32", "bias": "*fp32", "eps": "fp32"}
+    moments = {"moments": "*fp32"}
+    yield norm_kernels.sum_up, {"D": 32, **tile, "PAD": 0}, {**maps, **moments}
+    shares = {"D": 64, "CHANNELS": 2, "SHARES": 4, "BLOCK": 4, "WIDTH": 2}
+    yield norm_kernels.finish, shares, {**moments, "scales": "*fp32", **learned}
+    applied = {**halves("maps bias out"), "scales": "*fp32"}
+    yield norm_kernels.apply, {"D": 32, **tile, "SILU": True}, applied
+    group = {"D": 64, "CHANNELS": 2, "BLOCK": 16, "WIDTH": 2, "SILU": True}
+    yield norm_kernels.held, group, {**maps, **halves("out"), **learned}
 
 
 def ptx(kernel, constants, types):

@@ -45,6 +45,13 @@ class Weights:
         yield self.places
 
 
+class Casts(dict[Any, Weights]):
+    """Copies by type and place; a network that is copied begins without any."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Casts":
+        return Casts()
+
+
 def own(network: "VAR", dtype: torch.dtype) -> Weights:
     """The network's, with what is put together of them in `dtype`."""
     blocks = list(network.blocks)

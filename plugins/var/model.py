@@ -92,7 +92,7 @@ class VAR(nn.Module):
             self.register_buffer("level", layout.level_of(), persistent=False)
         self.mask = Mask(layout.lens)
         self.fused = False
-        self._cast: dict[Any, copies.Weights] = {}  # of `copies`; no part of the state
+        self._cast = copies.Casts()  # no part of the state
         initial.initialise(self)
 
     def forward(
