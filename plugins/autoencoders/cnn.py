@@ -63,14 +63,14 @@ class CNN(nn.Module):
         self._doubled: dict[Upsample, Tensor] | None = None
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        if self._doubled is not None:
+        if self._doubled is not None and not self.training:
             from . import quick
 
             return quick.encode(self, images)
         return self.quant_conv(self.encoder(images))
 
     def decode(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
-        if self._doubled is not None:
+        if self._doubled is not None and not self.training:
             from . import quick
 
             return quick.decode(self, features, self._doubled)
@@ -96,7 +96,7 @@ class CNN(nn.Module):
 @cache
 def _quick(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The module `quick`, after a trial: triton may be missing, or the compiler that it needs."""
-    if device.type != "cuda":
+    if device.type != "cuda" or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
 
     def trial() -> ModuleType:

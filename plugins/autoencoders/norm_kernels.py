@@ -28,10 +28,11 @@ def sum_up(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    part, image = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    across = D // WIDTH  # neighbours read the same pixels
+    part, image = tl.program_id(0) // across, tl.program_id(1).to(tl.int64)
     begin = part * share
     end = tl.minimum(begin + share, pixels)
-    own = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    own = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
     first += image * pixels * D
     if second is not None:
         second += image * pixels * D
@@ -57,7 +58,7 @@ def sum_up(
         count = (end - begin).to(tl.float32)
         mean = tl.sum(total, 0, keep_dims=True) / count
         around = tl.sum(squares, 0, keep_dims=True) - mean * mean * count
-        moments += (image * tl.num_programs(1) + part) * 2 * D
+        moments += (image * (tl.num_programs(0) // across) + part) * 2 * D
         tl.store(moments + own, middle + mean)
         tl.store(moments + D + own, around)
 
@@ -119,9 +120,9 @@ def apply(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    image = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    own = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    across, image = D // WIDTH, tl.program_id(1).to(tl.int64)
+    pixel = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)[:, None]
+    own = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
     value = _value(maps + image * pixels * D, bias, None, None, pixel, own, pixels, D)
     scale = tl.load(scales + image * 2 * D + own)
     shift = tl.load(scales + image * 2 * D + D + own)

@@ -98,7 +98,7 @@ def _sum_up(
     b, d, h, w = terms.first.shape
     rows, width = _tile(terms.first, TILE)
     with torch.cuda.device_of(terms.first):
-        kernels.sum_up[(d // width, triton.cdiv(h * w, share), b)](
+        kernels.sum_up[(d // width * triton.cdiv(h * w, share), b)](
             *_checked(terms),
             summed,
             moments,
@@ -150,7 +150,7 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
     b, d, h, w = out.shape
     rows, width = _tile(out, TILE_APPLIED)
     with torch.cuda.device_of(out):
-        kernels.apply[(d // width, triton.cdiv(h * w, rows), b)](
+        kernels.apply[(d // width * triton.cdiv(h * w, rows), b)](
             total.first,
             total.first_bias,
             scales,

@@ -23,7 +23,7 @@ def activate(product: Float[Tensor, "n f"], bias: Float[Tensor, " f"]) -> Float[
     (n, f), product = product.shape, product.contiguous()
     out = torch.empty_like(product)
     with torch.cuda.device_of(product):
-        _activate[(triton.cdiv(f, COLUMNS), triton.cdiv(n, ROWS))](
+        _activate[(triton.cdiv(f, COLUMNS) * triton.cdiv(n, ROWS),)](
             product, bias, out, n, f, COLUMNS, ROWS, num_warps=8
         )
     return out
@@ -55,8 +55,9 @@ def _activate(
     ROWS: tl.constexpr,  # noqa: N803
 ):
     """A tile."""
-    own = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    across = (F + COLUMNS - 1) // COLUMNS
+    own = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)[:, None]
     there = (row < n) & (own < F)
     here = row.to(tl.int64) * F + own
     x = tl.load(product + here, there, 0.0).to(tl.float32)

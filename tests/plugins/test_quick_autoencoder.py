@@ -153,6 +153,15 @@ def test_without_a_gpu_there_is_nothing_to_quicken():
     assert rendering.quickened(network, torch.device("cpu")) is None
 
 
+def test_what_trains_runs_plainly():
+    network, features, images = awake(), torch.randn(1, 4, 2, 2), torch.randn(1, 3, 4, 4)
+    plain = network.decode(features), network.encode(images)
+    network._doubled = {}  # as in a copy that was quickened
+    network.train()
+    assert torch.equal(network.decode(features), plain[0])
+    assert torch.equal(network.encode(images), plain[1])
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_kernels_agree():
     torch.manual_seed(0)
