@@ -50,9 +50,9 @@ class Autoregressive:
         fast: sandbox.Switch = "auto"
         """How images are drawn. `auto`: on a GPU, a kind of call (size of the batch, sampler,
         precision) that comes a fourth time is recorded as one CUDA graph, decoder included, and
-        replayed: the same images, sooner. `on`: recorded at the first call, the decoder compiled,
-        and the network drawn by kernels of its own, on a CPU compiled, with the draw: a minute or
-        two where that was never built before, and the last digits differ. Edits, and what is
+        replayed: the same images, sooner. `on`: recorded at the first call, decoder and network
+        by kernels of their own where they have some, on a CPU compiled, with the draw: up to a
+        minute or two where that was never built before; the last digits differ. Edits, and what is
         watched step by step, are not replayed, nor what a tokenizer decodes that is no
         `nn.Module`: nobody could tell when its weights move."""
 
@@ -246,7 +246,7 @@ class Autoregressive:
 
     @contextmanager
     def _fused(self) -> Iterator[None]:
-        """Let all parts run compiled kernels, where that is wanted and they can."""
+        """Let all parts run faster kernels, where that is wanted and they can."""
         parts: tuple[Any, ...] = self.backbone, self.tokenizer, self.sampler
         fusing = [part for part in parts if self.fast == "on" and hasattr(part, "fused")]
         for part in fusing:

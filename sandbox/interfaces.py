@@ -85,7 +85,7 @@ class Tokenizer(Protocol):
 
     A *canvas* is the feature map that the steps so far add up to, `b c h w`. A step's *context* is
     what the backbone reads before it predicts that step: always code vectors, zeros at the first.
-    It may also have `fused`, False at first: whether `render` may run kernels compiled for it
+    It may also have `fused`, False at first: whether `render` may run kernels built for it
     (`sandbox.render` has them for any autoencoder), whose results differ in the last digits.
     """
 

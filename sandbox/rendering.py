@@ -1,4 +1,4 @@
-"""From an autoencoder's features to images in [-1, 1], the plain way or by kernels built for it.
+"""From an autoencoder's features to images in [-1, 1], the plain way or by faster kernels.
 
 The one thing to hold in mind: on a GPU, and under autocast, what is built reads a copy of the
 weights, in the precision and memory order it wants. They are copied at every call; only a CUDA
@@ -29,7 +29,8 @@ weights themselves; recordings read them, so they stay."""
 def render(
     autoencoder: Autoencoder, features: Float[Tensor, "b c h w"], *, fused: bool = False
 ) -> Float[Tensor, "b 3 H W"]:
-    """The images, float32. `fused` runs kernels that are built for each size of the features.
+    """The images, float32. `fused` runs the autoencoder's own kernels, where `quicken` says that it
+    has some, else kernels that are built for each size of the features.
 
     They keep the channels of convolutions in the fastest axis of memory, round otherwise in the
     last digits, and give no gradients.
@@ -50,9 +51,12 @@ def quickened(autoencoder: Autoencoder, device: torch.device) -> Autoencoder | N
 
     It gives no gradients, and keeps the weights as they are now. None where it has no such kernels.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        ready, quick = _ready(autoencoder, device)
-    return ready if quick else None
+    if not isinstance(autoencoder, nn.Module) or not hasattr(autoencoder, "quicken"):
+        return None
+    half = torch.is_autocast_enabled(device.type)
+    copied = _Copy(autoencoder, torch.get_autocast_dtype(device.type) if half else None)
+    copied.refresh(autoencoder)
+    return copied.module if copied.quick else None
 
 
 def refresh(autoencoder: nn.Module) -> None:
@@ -100,7 +104,8 @@ class _Copy:
     """
 
     def __init__(self, autoencoder: nn.Module, dtype: torch.dtype | None) -> None:
-        self.module: Any = copy.deepcopy(autoencoder).requires_grad_(False)
+        with torch.inference_mode(False), torch.no_grad():
+            self.module: Any = copy.deepcopy(autoencoder).requires_grad_(False)
         for name in ("encode", "decode"):  # what stands in their place for a while leads back here
             vars(self.module).pop(name, None)
         self.quick = False
@@ -119,7 +124,7 @@ class _Copy:
             for own, original in zip(self.module.modules(), autoencoder.modules(), strict=True):
                 own.training = original.training
             if quicken := getattr(self.module, "quicken", None):
-                self.quick = not autoencoder.training and quicken()
+                self.quick = quicken() and not autoencoder.training
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -3,7 +3,7 @@
 The one thing to hold in mind: a graph reads and writes the places in memory that it was recorded
 with. So what goes in is copied to such a place and what comes out is copied from one; weights may
 change in place, but whoever records must name in the `key` all else that a call depends on:
-`places` tells where tensors lie.
+`Followed` tells where weights lie.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Recording:
         stream: Any = None,
     ) -> None:
         self.compute = compute  # kept, so that the ids of what it refers to stay taken
-        device = inputs.device
+        self.device = device = inputs.device
         with torch.inference_mode(False):
             self._inputs = inputs.clone()
         self._rng = torch.Generator(device)
@@ -137,7 +137,7 @@ class Recordings:
 
     def _recorded(self, compute: Computation, inputs: Tensor, rng: torch.Generator) -> Computation:
         others = (call for call in self._calls.values() if isinstance(call, Recording))
-        shared = next(others, None)
+        shared = next((each for each in others if each.device == inputs.device), None)
         try:
             if shared:
                 return Recording(compute, inputs, rng, shared.graph.pool(), shared.stream)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sandbox import NotRecorded, Recordings, held, places, replay
-from sandbox.replay import Recording, versions
+from sandbox import NotRecorded, Recordings, held, replay
+from sandbox.replay import Recording, places, versions
 
 
 class Pretended:
@@ -14,6 +14,7 @@ class Pretended:
     made = []
 
     def __init__(self, compute, inputs, rng, pool=None, stream=None):
+        self.device = inputs.device
         if inputs.numel() > 16:
             raise torch.OutOfMemoryError("no more")
         if inputs.numel() > 8:

@@ -76,6 +76,9 @@ def _untried(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
 
         x = torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device)
         cached_kernel.attend(x, x, x, 1.0)
+        new = cached_kernel.APPENDED[dtype]
+        past = torch.zeros(2, 1, 1, new + 1, head_dim, dtype=dtype, device=device)
+        cached_kernel.append(past.new_zeros(1, new, 3 * head_dim), past, 1, 1.0, None)
         return cached_kernel
 
     if sandbox.tried(trial, "attention over a cache without its Triton kernel") is None:

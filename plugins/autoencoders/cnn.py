@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -81,15 +82,16 @@ class CNN(nn.Module):
 
         Called again, it takes note of weights that have changed.
         """
-        weights = {each: each.conv.weight for each in self.modules() if isinstance(each, Upsample)}
         first = self.quant_conv.weight
         if _quick(first.device, first.dtype) is None:
             return False
-        doubled = {up: double(weight) for up, weight in weights.items()}
+        ups = [each for each in self.modules() if isinstance(each, Upsample)]
+        doubled = {up: double(up.conv.weight) for up in ups}
         if self._doubled is None:
             self._doubled = doubled
-        for up, kept in self._doubled.items():  # recordings read where they lie
-            kept.copy_(doubled[up])
+        else:
+            for up, kept in self._doubled.items():  # recordings read where they lie
+                kept.copy_(doubled[up])
         return True
 
 
@@ -102,9 +104,13 @@ def _quick(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     def trial() -> ModuleType:
         from . import quick
 
-        maps = torch.zeros(1, NUM_GROUPS, 2, 2, dtype=dtype, device=device)
-        norm = normalisation(NUM_GROUPS).to(device)
-        quick.normed(quick.Sum(maps.contiguous(memory_format=torch.channels_last)), norm, silu=True)
+        norm = normalisation(2 * NUM_GROUPS).to(device)
+        for side in (2, 160):  # held by a program, and shared by several
+            zeros = torch.zeros(1, side, side, 2 * NUM_GROUPS, dtype=dtype, device=device)
+            maps = rearrange(zeros, "b h w d -> b d h w")
+            terms, _ = quick.normed(quick.Sum(maps, None, maps), norm, silu=True)
+            quick.added(terms, pad=True)
+        quick.interleave(maps)
         return quick
 
     return sandbox.tried(trial, "an autoencoder without its Triton kernels")

@@ -16,7 +16,11 @@ BLOCK = 2048
 
 
 def interleave(parts: Float[Tensor, "b four_e h w"]) -> Float[Tensor, "b e hh ww"]:
-    """What `layers.interleaved` says."""
+    """The doubled map of its four parities `(p q e)`, odd rows (p) and columns (q) first.
+
+    Together these make the map and one pixel more around it, which is left out. Channels lie
+    together in both.
+    """
     parts = parts.permute(0, 2, 3, 1).contiguous()
     b, h, w, four_e = parts.shape
     e, height, width = four_e // 4, 2 * h - 2, 2 * w - 2

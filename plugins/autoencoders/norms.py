@@ -141,7 +141,7 @@ def _scales(
             triton.next_power_of_2(shares),
             triton.next_power_of_2(channels),
             **sandbox.overlapping(moments.device),
-            num_warps=1 if shares <= 64 else 4,
+            num_warps=1,
         )
     return scales
 

@@ -7,7 +7,7 @@ compiled for a size, and a map is doubled within the convolution that reads it.
 Imported only for maps on a GPU, as its kernels are.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -28,13 +28,13 @@ def encode(cnn: "CNN", images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h
     encoder = cnn.encoder
     conv = encoder.conv_in
     images, weight = (_widened(each.to(conv.weight.dtype)) for each in (images, conv.weight))
-    maps = Sum(F.conv2d(images, weight, padding=conv.padding), conv.bias)
+    maps = Sum(_product(images, weight, padding=conv.padding), conv.bias)
     for level in encoder.down:
         maps = _level(level, maps)
         if isinstance(level.downsample, nn.Identity):
             continue
         conv = level.downsample.conv
-        maps = Sum(F.conv2d(added(maps, pad=True), conv.weight, stride=2), conv.bias)
+        maps = Sum(_product(added(maps, pad=True), conv.weight, stride=2), conv.bias)
     _, read = normed(_middle(encoder.mid, maps), encoder.norm_out, silu=True)
     return cnn.quant_conv(encoder.conv_out(read))
 
@@ -75,7 +75,7 @@ def _block(block: "ResBlock", maps: Sum) -> Sum:
     bias = short.bias
     if x.first_bias is not None:
         bias = F.linear(x.first_bias, short.weight.flatten(1), bias)
-    return Sum(F.conv2d(x.first, short.weight), bias, *branch[:2])
+    return Sum(_product(x.first, short.weight), bias, *branch[:2])
 
 
 def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
@@ -85,11 +85,16 @@ def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
     q, k, v = rearrange(attn.qkv(read), "b (qkv d) h w -> qkv b (h w) d", qkv=3)
     weights = (torch.bmm(q, k.mT) * q.shape[2] ** -0.5).softmax(dim=2, dtype=torch.float32)
     seen = rearrange(torch.bmm(weights.to(v.dtype), v), "b (h w) d -> b d h w", h=read.shape[2])
-    return Sum(*x[:2], F.conv2d(seen, attn.proj_out.weight), attn.proj_out.bias)
+    return Sum(*x[:2], _product(seen, attn.proj_out.weight), attn.proj_out.bias)
 
 
 def _convolved(conv: nn.Conv2d, maps: Float[Tensor, "b d h w"]) -> Sum:
-    return Sum(F.conv2d(maps, conv.weight, padding=conv.padding), conv.bias)
+    return Sum(_product(maps, conv.weight, padding=conv.padding), conv.bias)
+
+
+def _product(maps: Tensor, weight: Tensor, **how: Any) -> Tensor:
+    """The convolution, channels together, as cuDNN leaves them and others may not."""
+    return F.conv2d(maps, weight, **how).contiguous(memory_format=torch.channels_last)
 
 
 def _widened(maps: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def cached(
 ) -> Prepared:
     """The prepared data set of a split, from its file if there is one.
 
-    On a GPU the encoder of many images is compiled, unless `compile` is False. Of several processes
-    the first one names and writes the file, and the others wait.
+    On a GPU the encoder of many images runs by kernels of its own, or is compiled, unless `compile`
+    is False. Of several processes the first one names and writes the file, and the others wait.
     """
     # Agreed on: a last bit of the tokenizer's weights that differs must not make another name.
     key = sandbox.agree(_key(run, split, passes, limit) if sandbox.rank() == 0 else "")

@@ -91,10 +91,8 @@ class Block(nn.Module):
     def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Compiled to draw, with the cheapest GELU; in training on a GPU by kernels of its own."""
         fc1, fc2 = self.ffn.fc1, self.ffn.fc2
-        if self.training and x.is_cuda:
-            product = F.linear(x, fc1.weight)
-            if hidden.suits(product):
-                return self.ffn.drop2(fc2(hidden.activated(product, fc1.bias)))
+        if self.training and hidden.suits(x, fc1.weight):
+            return self.ffn.drop2(fc2(hidden.activated(F.linear(x, fc1.weight), fc1.bias)))
         if self.training or not drawing():
             return self.ffn(x)
         return linear(gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)

@@ -16,11 +16,13 @@ import sandbox
 from .operators import HALVES
 
 
-def suits(product: Float[Tensor, "b n f"]) -> bool:
-    """Whether `activated` is for this product: of 16 bits, on a GPU, with gradients to come."""
-    if not (product.is_cuda and product.requires_grad and product.dtype in HALVES):
+def suits(x: Float[Tensor, "b n d"], weight: Float[Tensor, "f d"]) -> bool:
+    """Whether `activated` is for their product: of 16 bits, on a GPU, with gradients to come."""
+    if not (x.is_cuda and torch.is_grad_enabled() and weight.requires_grad):
         return False
-    return _runs(product.device, product.dtype)
+    half = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if half else weight.dtype
+    return dtype in HALVES and _runs(x.device, dtype)
 
 
 @torch.compiler.assume_constant_result  # compiled code asks while it is made

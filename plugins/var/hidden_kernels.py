@@ -34,7 +34,7 @@ def gradients(
 ) -> tuple[Float[Tensor, "n f"], Float[Tensor, " f"]]:
     """Of product and bias, from that of what `activate` made of them."""
     (n, f), of, product = product.shape, of.contiguous(), product.contiguous()
-    share = triton.cdiv(triton.cdiv(n, SHARES), ROWS) * ROWS
+    share = max(triton.cdiv(triton.cdiv(n, SHARES), ROWS), 1) * ROWS
     shares = triton.cdiv(n, share)
     towards, sums = torch.empty_like(product), product.new_empty(shares, f, dtype=torch.float32)
     with torch.cuda.device_of(product):

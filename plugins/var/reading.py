@@ -31,7 +31,7 @@ def read(
     contexts, places = contexts.contiguous(), places.contiguous()
     out = places.new_empty(b, n, d)
     with torch.cuda.device_of(contexts):
-        _read[(triton.cdiv(d, CHANNELS), triton.cdiv(b * n, TOKENS))](
+        _read[(triton.cdiv(b * n, TOKENS), triton.cdiv(d, CHANNELS))](
             contexts,
             weight.contiguous(),
             bias,
@@ -70,8 +70,8 @@ def _read(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    own = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    own = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     number = tl.arange(0, WIDTH)
     known, there = number < C, (token < tokens) & (own < D)
     x = tl.load(contexts + token * C + number[None, :], (token < tokens) & known[None, :], 0.0)

@@ -48,7 +48,8 @@ def test_interpreted_the_kernels_agree():
 
 
 def test_on_a_cpu_it_is_for_nothing():
-    assert not hidden.suits(torch.zeros(1, 2, 3, dtype=torch.bfloat16, requires_grad=True))
+    half = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    assert not hidden.suits(half[None], half)
 
 
 @pytest.mark.gpu
@@ -69,7 +70,7 @@ def test_a_block_on_a_gpu_learns_as_without(monkeypatch, compiled):
     from sandbox import Mask
 
     made = []
-    for suits in (hidden.suits, lambda product: False):
+    for suits in (hidden.suits, lambda *_: False):
         monkeypatch.setattr(hidden, "suits", suits)
         torch._dynamo.reset()
         block = block_of(device="cuda")
