@@ -46,7 +46,7 @@ _HOME = {
     "precision": ["exact_float32", "float32_products", "products_of_float32"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["quickened", "refresh", "render"],
-    "replay": ["Followed", "NotRecorded", "Recording", "Recordings", "held", "versions"],
+    "replay": ["Followed", "NotRecorded", "Recording", "Recordings"],
     "sampling": ["Keep", "Sampled", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sandbox import NotRecorded, Recordings, held, replay
-from sandbox.replay import Recording, places, versions
+from sandbox import NotRecorded, Recordings, replay
+from sandbox.replay import Recording, held, places, versions
 
 
 class Pretended:

@@ -25,7 +25,8 @@ from .few import products_for
 from .pieces import Layer, layers_of
 
 if TYPE_CHECKING:
-    from .model import VAR, State
+    from .model import VAR
+    from .stepwise import State
 
 
 def begin(

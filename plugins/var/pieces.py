@@ -19,7 +19,8 @@ from sandbox import Mask
 from .blocks import Block
 
 if TYPE_CHECKING:
-    from .model import VAR, State
+    from .model import VAR
+    from .stepwise import State
 
 
 class Layer(NamedTuple):

@@ -68,12 +68,12 @@ def test_what_notices_that_weights_move_watches_those_of_the_copy(load):
     generator = load()
     other = copy.deepcopy(generator)
     watched = other._followed._held
-    assert [id(each) for each in watched] == [id(each) for each in sandbox.held(own(other))]
+    assert [id(each) for each in watched] == [id(each) for each in replay.held(own(other))]
     assert not {id(each) for each in watched} & {id(each) for each in generator._followed._held}
-    before = sandbox.versions(generator._followed._held), sandbox.versions(watched)
+    before = replay.versions(generator._followed._held), replay.versions(watched)
     with torch.no_grad():
         other.network.head.weight.mul_(2)
-    after = sandbox.versions(generator._followed._held), sandbox.versions(watched)
+    after = replay.versions(generator._followed._held), replay.versions(watched)
     assert after[0] == before[0] and after[1] != before[1]
 
 
