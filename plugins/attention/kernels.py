@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sandbox import AttentionRequest, Mask
 
-from .plain import Attention, SdpaAttention, kept, watched
+from .plain import Attention, SdpaAttention, dot_product, kept, watched
 
 
 class CudnnAttention(SdpaAttention):
@@ -107,7 +106,7 @@ class FlexAttention(Attention):
     @torch.compiler.disable  # it compiles itself
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         if mask.kind == "full":
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+            return dot_product(q, k, v, scale=scale)
         if mask.kind == "dense":
             blocks = _dense_blocks(mask.to_tensor(q.device))
         else:

@@ -82,9 +82,34 @@ class SdpaAttention(Attention):
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         if mask.kind == "causal":
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        allowed = _allowed(mask, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+            return dot_product(q, k, v, is_causal=True, scale=scale)
+        return dot_product(q, k, v, attn_mask=_allowed(mask, q.device), scale=scale)
+
+
+def dot_product(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """`scaled_dot_product_attention`, whose gradients are right wherever that of its output lies.
+
+    What PyTorch plans with cuDNN it keeps by where queries, keys and values lie. The output's
+    gradient has then to lie in every call as it did in the first, or all gradients are wrong.
+    """
+    out = F.scaled_dot_product_attention(q, k, v, **how)
+    return _Laid.apply(out) if out.is_cuda and out.requires_grad else out
+
+
+class _Laid(torch.autograd.Function):
+    """Brings an output's gradient into the output's own order of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor) -> Tensor:
+        ctx.strides = out.stride()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if gradient.stride() == ctx.strides:
+            return gradient
+        laid = gradient.new_empty_strided(gradient.shape, ctx.strides)
+        return laid.copy_(gradient)
 
 
 def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> AttentionRequest:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sandbox import Mask
 
 from .kernels import CudnnAttention
-from .plain import SdpaAttention, request_of, step_pattern
+from .plain import SdpaAttention, dot_product, request_of, step_pattern
 
 LARGE = 64
 """Tokens from which on a step is worth a call of its own; smaller neighbours share one."""
@@ -62,7 +61,7 @@ class PrefixAttention(SdpaAttention):
     ) -> Tensor:
         if group.masked:
             pattern = step_pattern(step_lens, q.device)[group.start : group.stop, : group.stop]
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=pattern, scale=scale)
+            return dot_product(q, k, v, attn_mask=pattern, scale=scale)
         fastest = CudnnAttention(self.params)
         if fastest.limit(request_of(q, k, v, Mask())) is None:
             return fastest.compute(q, k, v, Mask(), scale)

@@ -392,3 +392,25 @@ def test_xformers_names_its_own_limit_of_the_head_size():
     assert "% 8" in reason
     with pytest.raises(ValueError, match="% 8"):
         build(XformersAttention).attend(q, k, v, Mask((1, 4, 9)), 1.0)
+
+
+@pytest.mark.gpu
+@foreign_warnings
+@pytest.mark.usefixtures("own_picks")
+@pytest.mark.parametrize("lens", [(130,), (1, 4, 9, 16, 100)], ids=["full", "steps"])
+@pytest.mark.parametrize("name", registered())
+def test_on_a_gpu_no_gradient_depends_on_where_the_outputs_lies(name, lens):
+    backend, mask = build(registered()[name]), Mask(lens) if len(lens) > 1 else Mask()
+    q, k, v = queries_keys_values(0, 2, 3, 130, 130, 64, device="cuda", dtype=torch.bfloat16)
+    if backend.refusal(request_of(q, k, mask)):
+        pytest.skip("refused")
+    pull = torch.randn(2, 3, 130, 64, device="cuda", dtype=torch.bfloat16)
+    beside = pull.transpose(1, 2).contiguous().transpose(1, 2)
+    inside = torch.cat([pull, pull], 2)[:, :, 130:]
+    wanted, *others = (
+        torch.autograd.grad(backend.attend(q, k, v, mask, 0.3), (q, k, v), laid)
+        for laid in (pull, beside, inside, pull)
+    )
+    for found in others:
+        for one, other in zip(wanted, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
