@@ -18,10 +18,15 @@ def sum_up(
     pixels,
     share,
     columns,
+    row,
+    image_size,
+    to_row,
+    to_image_size,
     D: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
-    PAD: tl.constexpr,  # noqa: N803
+    APART: tl.constexpr,  # noqa: N803
+    TO_APART: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A share of an image's pixels: their sum, and each channel's mean and squares around it."""
@@ -33,25 +38,28 @@ def sum_up(
     begin = part * share
     end = tl.minimum(begin + share, pixels)
     own = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
-    first += image * pixels * D
+    first += image * image_size
     if second is not None:
-        second += image * pixels * D
+        second += image * image_size
     if summed is not None:
-        summed += image * (pixels // columns + PAD) * (columns + PAD) * D
+        summed += image * to_image_size
     # Near all others of its channel, so that the squares of what is left over lose nothing.
-    middle = _value(first, first_bias, second, second_bias, begin, own, end, D)
+    start_place = begin // columns * row + begin % columns if APART else begin
+    middle = _value(first, first_bias, second, second_bias, start_place, own, begin < end, D)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     squares = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(begin, end, ROWS):
         pixel = start + tl.arange(0, ROWS)[:, None]
-        value = _value(first, first_bias, second, second_bias, pixel, own, end, D)
+        there = pixel < end
+        place = pixel // columns * row + pixel % columns if APART else pixel
+        value = _value(first, first_bias, second, second_bias, place, own, there, D)
         if summed is not None:
             value = value.to(summed.dtype.element_ty)  # what is normalised is what is handed on
-            place = pixel // columns * (columns + PAD) + pixel % columns if PAD else pixel
-            tl.store(summed + place * D + own, value, pixel < end)
+            place = pixel // columns * to_row + pixel % columns if TO_APART else pixel
+            tl.store(summed + place * D + own, value, there)
             value = value.to(tl.float32)
         if moments is not None:
-            value = tl.where(pixel < end, value - middle, 0.0)
+            value = tl.where(there, value - middle, 0.0)
             total += value
             squares += value * value
     if moments is not None:
@@ -72,6 +80,8 @@ def finish(
     eps,
     pixels,
     share,
+    positions,
+    row,
     D: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
     SHARES: tl.constexpr,  # noqa: N803
@@ -79,7 +89,10 @@ def finish(
     WIDTH: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """A group of an image: from the moments of its channels' shares to what they amount to."""
+    """A group of an image: from the moments of its channels' shares to what they amount to.
+
+    Every `row`-th position is no pixel.
+    """
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -90,7 +103,8 @@ def finish(
     moments += (image * SHARES + part) * 2 * D + own
     means = tl.load(moments, there, 0.0)
     around = tl.load(moments + D, there, 0.0)
-    count = tl.where(there, tl.minimum(share, pixels - part * share), 0).to(tl.float32)
+    begin, end = part * share, tl.minimum(part * share + share, positions)
+    count = tl.where(there, end - end // row - begin + begin // row, 0).to(tl.float32)
     numbers = pixels.to(tl.float32) * CHANNELS
     mean = tl.sum(tl.sum(count * means, 0), 0) / numbers
     around += count * (means - mean) * (means - mean)
@@ -110,27 +124,45 @@ def apply(
     scales,
     out,
     pixels,
+    columns,
+    row,
+    image_size,
+    to_row,
+    to_image_size,
     D: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
+    APART: tl.constexpr,  # noqa: N803
+    TO_STRIP: tl.constexpr,  # noqa: N803
+    ROUNDED: tl.constexpr,  # noqa: N803
     SILU: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """Some pixels of an image."""
+    """Some pixels of an image; in a strip 0 stands before the first and after each row."""
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     across, image = D // WIDTH, tl.program_id(1).to(tl.int64)
     pixel = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)[:, None]
+    there, column = pixel < pixels, pixel % columns
     own = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
-    value = _value(maps + image * pixels * D, bias, None, None, pixel, own, pixels, D)
+    place = pixel // columns * row + column if APART else pixel
+    value = _value(maps + image * image_size, bias, None, None, place, own, there, D)
     scale = tl.load(scales + image * 2 * D + own)
     shift = tl.load(scales + image * 2 * D + D + own)
     value = value * scale + shift
     if SILU:
         value = value / (1 + tl.exp(-value))
-    out += image * pixels * D
-    tl.store(out + pixel * D + own, value.to(out.dtype.element_ty), pixel < pixels)
+    if ROUNDED:  # to TF32, whose last 13 bits a product cuts off
+        value = ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    value = value.to(out.dtype.element_ty)
+    out += image * to_image_size
+    place = pixel // columns * to_row + column if TO_STRIP else pixel
+    tl.store(out + place * D + own, value, there)
+    if TO_STRIP:
+        nothing = tl.zeros_like(value)
+        tl.store(out + (place + 1) * D + own, nothing, there & (column == columns - 1))
+        tl.store(out + (place - 1) * D + own, nothing, pixel == 0)
 
 
 @triton.jit
@@ -165,7 +197,7 @@ def held(
     there = (pixel < pixels) & known
     own += group * CHANNELS
     last = (group + 1) * CHANNELS
-    value = _value(first, first_bias, second, second_bias, pixel, own, pixels, D, last)
+    value = _value(first, first_bias, second, second_bias, pixel, own, there, D, last)
     if summed is not None:
         value = value.to(summed.dtype.element_ty)
         tl.store(summed + image * pixels * D + pixel * D + own, value, there)
@@ -189,22 +221,21 @@ def _value(
     first_bias,
     second,
     second_bias,
-    pixel,
+    place,
     own,
-    end,
+    there,
     D: tl.constexpr,  # noqa: N803
     last=None,
 ):
-    """What adds up to pixels before `end`, in channels before `last`; 0 beyond."""
-    there, known = pixel < end, own >= 0
+    """What adds up to the numbers that are `there`, all in channels before `last`; 0 beyond."""
+    here, known = place * D + own, own >= 0
     if last is not None:
         known = own < last
-        there &= known
-    value = tl.load(first + pixel * D + own, there, 0.0).to(tl.float32)
+    value = tl.load(first + here, there, 0.0).to(tl.float32)
     if first_bias is not None:
         value += tl.load(first_bias + own, known, 0.0).to(tl.float32)
     if second is not None:
-        value += tl.load(second + pixel * D + own, there, 0.0).to(tl.float32)
+        value += tl.load(second + here, there, 0.0).to(tl.float32)
     if second_bias is not None:
         value += tl.load(second_bias + own, known, 0.0).to(tl.float32)
     return value

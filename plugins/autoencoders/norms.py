@@ -7,6 +7,7 @@ convolution reads it. A group of a small map is held by one program, which does 
 Imported only for maps on a GPU: triton takes its time, and is not there on every platform.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import sandbox
 
 from . import norm_kernels as kernels
+from . import strips
 
 HELD = 8192
 """Numbers of a group, its sides rounded up to powers of two, that one program holds; of a few
@@ -31,13 +33,29 @@ TILE_APPLIED, WARPS_APPLIED = 8192, 4
 """The same where moments are applied."""
 
 
+class Moments(NamedTuple):
+    """Each channel's mean, and squares around it, in every part of an image."""
+
+    values: Float[Tensor, "b parts 2 d"]
+    share: int
+    """Positions of a part, the last one's but for what is missing."""
+    positions: int
+    """Of an image."""
+    row: int
+    """Every so manyeth position is no pixel."""
+
+
 class Sum(NamedTuple):
-    """Maps, channels together, that are still to be added up, and the channels' biases."""
+    """Maps, channels together, that are still to be added up, and the channels' biases.
+
+    A single map may have its moments, with its bias, with it.
+    """
 
     first: Float[Tensor, "b d h w"]
     first_bias: Float[Tensor, " d"] | None = None
     second: Float[Tensor, "b d h w"] | None = None
     second_bias: Float[Tensor, " d"] | None = None
+    moments: Moments | None = None
 
 
 def added(terms: Sum, *, pad: bool = False) -> Float[Tensor, "b d hh ww"]:
@@ -46,39 +64,44 @@ def added(terms: Sum, *, pad: bool = False) -> Float[Tensor, "b d hh ww"]:
     Raises ValueError for a map that does not lie channels together.
     """
     b, d, h, w = terms.first.shape
-    out = terms.first.new_empty(b, h + pad, w + pad, d)
+    whole = terms.first.new_empty(b, h + pad, w + pad, d)
     if pad:
-        out[:, -1].zero_()
-        out[:, :, -1].zero_()
-    _sum_up(terms, out, None, _share(terms.first, h * w), pad)
-    return out.permute(0, 3, 1, 2)
+        whole[:, -1].zero_()
+        whole[:, :, -1].zero_()
+    out = whole.permute(0, 3, 1, 2)
+    _sum_up(terms, out[:, :, :h, :w], h * w, moments=False)
+    return out
 
 
-def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Tensor, "b d h w"]]:
+def normed(
+    terms: Sum, norm: nn.GroupNorm, *, silu: bool, strip: bool = False
+) -> tuple[Sum, Float[Tensor, "b d h w"]]:
     """The sum, as one map and its bias, and the map's group norm, with `silu` SiLU of it.
 
-    Moments are taken in float32; the maps are of the type of those that are given. Raises
-    ValueError for a map that does not lie channels together.
+    With `strip` both are strips, the second with its zeros, and in float32 rounded to TF32. Moments
+    are taken in float32; the maps are of the type of those that are given. Raises ValueError for a
+    map that does not lie channels together.
     """
     b, d, h, w = terms.first.shape
-    total = terms if terms.second is None else Sum(_like(terms.first))
-    summed, out = None if total is terms else total.first, _like(terms.first)
+    single = terms.second is None and (strips.is_strip(terms.first) or not strip)
+    new = partial(strips.like if strip else _like, terms.first)
+    total, out = terms if single else Sum(new()), new()
+    summed = None if single else total.first
     channels = d // norm.num_groups
     block, width = triton.next_power_of_2(h * w), triton.next_power_of_2(channels)
-    learned = norm.weight, norm.bias, norm.eps
-    if block * width > (HELD if b > 8 else 2 * HELD):
-        share = _share(terms.first, SHARES)
-        shares = triton.cdiv(h * w, share)
-        moments = out.new_empty(b, shares, 2, d, dtype=torch.float32)
-        _sum_up(terms, summed, moments, share)
-        _apply_to(total, _scales(moments, *learned, h * w, share, channels), out, silu)
+    apart = strip or strips.is_strip(terms.first)
+    if apart or block * width > (HELD if b > 8 else 2 * HELD):
+        moments = total.moments or _sum_up(terms, summed, SHARES)
+        _apply_to(total, _scales(moments, norm, h * w), out, silu)
         return total, out
     with torch.cuda.device_of(out):
         kernels.held[(norm.num_groups, b)](
-            *_checked(terms),
+            *_checked(terms)[:4],
             summed,
             out,
-            *learned,
+            norm.weight,
+            norm.bias,
+            norm.eps,
             h * w,
             d,
             channels,
@@ -91,57 +114,63 @@ def normed(terms: Sum, norm: nn.GroupNorm, *, silu: bool) -> tuple[Sum, Float[Te
     return total, out
 
 
+def scales_of(terms: Sum, norm: nn.GroupNorm) -> Float[Tensor, "b 2 d"]:
+    """What the norm multiplies each channel of a single map by, and what it adds then."""
+    pixels = terms.first.shape[2] * terms.first.shape[3]
+    return _scales(terms.moments or _sum_up(terms, None, SHARES), norm, pixels)
+
+
 def _sum_up(
-    terms: Sum, summed: Tensor | None, moments: Tensor | None, share: int, pad: bool = False
-) -> None:
-    """Write the sum and the moments of each share of an image."""
-    b, d, h, w = terms.first.shape
-    rows, width = _tile(terms.first, TILE)
-    with torch.cuda.device_of(terms.first):
-        kernels.sum_up[(d // width * triton.cdiv(h * w, share), b)](
-            *_checked(terms),
+    terms: Sum, summed: Tensor | None, most: int, *, moments: bool = True
+) -> Moments | None:
+    """Write the sum; the moments of each share of an image, which at most `most` programs have."""
+    first, *_ = maps = _checked(terms)[:4]
+    b, d, h, w = first.shape
+    rows, width = _tile(first, TILE)
+    share = triton.cdiv(triton.cdiv(h * w, most), rows) * rows
+    parts = triton.cdiv(h * w, share)
+    values = first.new_empty(b, parts, 2, d, dtype=torch.float32) if moments else None
+    to = first if summed is None else summed
+    with torch.cuda.device_of(first):
+        kernels.sum_up[(d // width * parts, b)](
+            *maps,
             summed,
-            moments,
+            values,
             h * w,
             share,
             w,
+            *_lines(first),
+            *_lines(to),
             d,
             width,
             rows,
-            pad,
-            **sandbox.overlapping(terms.first.device),
+            not _dense(first),
+            not _dense(to),
+            **sandbox.overlapping(first.device),
             num_warps=WARPS,
         )
+    return None if values is None else Moments(values, share, h * w, h * w + 1)
 
 
-def _scales(
-    moments: Float[Tensor, "b shares 2 d"],
-    weight: Float[Tensor, " d"],
-    bias: Float[Tensor, " d"],
-    eps: float,
-    pixels: int,
-    share: int,
-    channels: int,
-) -> Float[Tensor, "b 2 d"]:
-    """What every channel of an image is multiplied by, and what is added then."""
-    b, shares, _, d = moments.shape
-    scales = moments.new_empty(b, 2, d)
-    with torch.cuda.device_of(moments):
-        kernels.finish[(d // channels, b)](
-            moments,
+def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, "b 2 d"]:
+    b, parts, _, d = moments.values.shape
+    scales, channels = moments.values.new_empty(b, 2, d), d // norm.num_groups
+    with torch.cuda.device_of(scales):
+        kernels.finish[(norm.num_groups, b)](
+            moments.values,
             scales,
-            weight,
-            bias,
-            eps,
+            norm.weight,
+            norm.bias,
+            norm.eps,
             pixels,
-            share,
+            *moments[1:],
             d,
             channels,
-            shares,
-            triton.next_power_of_2(shares),
+            parts,
+            triton.next_power_of_2(parts),
             triton.next_power_of_2(channels),
-            **sandbox.overlapping(moments.device),
-            num_warps=1,
+            **sandbox.overlapping(scales.device),
+            num_warps=1 if parts <= SHARES else 4,
         )
     return scales
 
@@ -149,6 +178,7 @@ def _scales(
 def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: bool) -> None:
     b, d, h, w = out.shape
     rows, width = _tile(out, TILE_APPLIED)
+    strip = strips.is_strip(out)
     with torch.cuda.device_of(out):
         kernels.apply[(d // width * triton.cdiv(h * w, rows), b)](
             total.first,
@@ -156,19 +186,19 @@ def _apply_to(total: Sum, scales: Float[Tensor, "b 2 d"], out: Tensor, silu: boo
             scales,
             out,
             h * w,
+            w,
+            *_lines(total.first),
+            *_lines(out),
             d,
             width,
             rows,
+            not _dense(total.first),
+            strip,
+            strip and out.dtype == torch.float32,
             silu,
             **sandbox.overlapping(out.device),
             num_warps=WARPS_APPLIED,
         )
-
-
-def _share(maps: Tensor, most: int) -> int:
-    """Pixels of a program's share, where at most `most` share: whole tiles."""
-    pixels, rows = maps.shape[2] * maps.shape[3], _tile(maps, TILE)[0]
-    return triton.cdiv(triton.cdiv(pixels, most), rows) * rows
 
 
 def _tile(maps: Tensor, size: int) -> tuple[int, int]:
@@ -178,12 +208,24 @@ def _tile(maps: Tensor, size: int) -> tuple[int, int]:
     return max(1, size // maps.element_size() // width), width
 
 
+def _lines(maps: Tensor) -> tuple[int, int]:
+    """From one row to the next, in pixels; from one image to the next, in numbers."""
+    return maps.stride(2) // maps.shape[1], maps.stride(0)
+
+
+def _dense(maps: Tensor) -> bool:
+    """Whether the rows of an image follow one another with nothing between them."""
+    return maps.stride(2) == maps.shape[1] * maps.shape[3]
+
+
 def _like(maps: Tensor) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.channels_last)
 
 
 def _checked(terms: Sum) -> Sum:
     for maps in (terms.first, terms.second):
-        if maps is not None and not maps.is_contiguous(memory_format=torch.channels_last):
+        if maps is None or maps.is_contiguous(memory_format=torch.channels_last):
+            continue
+        if maps is terms.second or not strips.is_strip(maps):
             raise ValueError("a map has to lie with its channels together")
     return terms

@@ -1,8 +1,9 @@
 """The autoencoder `cnn` on a GPU, without gradients: convolutions, and kernels between them.
 
-The one idea to hold: a convolution adds nothing. What it would add, and what stands beside its
-branch, is handed on as a `Sum`, which whatever reads it next adds up as it reads. Nothing is
-compiled for a size, and a map is doubled within the convolution that reads it.
+The one idea to hold: a convolution of the library's adds nothing. What it would add, and what
+stands beside its branch, is handed on as a `Sum`, which whatever reads it next adds up as it reads.
+Large maps are strips, whose convolutions do that themselves. Nothing is compiled for a size, and a
+map is doubled within the convolution that reads it.
 
 Imported only for maps on a GPU, as its kernels are.
 """
@@ -15,7 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import strips
+from .convolving import convolved, entered, suits
 from .interleaving import interleave
+from .leaving import left
 from .norms import Sum, added, normed
 
 if TYPE_CHECKING:
@@ -26,9 +30,7 @@ if TYPE_CHECKING:
 def encode(cnn: "CNN", images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
     """`CNN.encode`, of images in any order of memory, in the type of the convolutions' weights."""
     encoder = cnn.encoder
-    conv = encoder.conv_in
-    images, weight = (_widened(each.to(conv.weight.dtype)) for each in (images, conv.weight))
-    maps = Sum(_product(images, weight, padding=conv.padding), conv.bias)
+    maps = _entered(encoder.conv_in, images.to(encoder.conv_in.weight.dtype))
     for level in encoder.down:
         maps = _level(level, maps)
         if isinstance(level.downsample, nn.Identity):
@@ -49,10 +51,20 @@ def decode(
     for level in reversed(decoder.up):
         maps = _level(level, maps)
         if not isinstance(level.upsample, nn.Identity):
+            strip = suits(maps.first, times=2)
             parts = F.conv2d(added(maps), doubled[level.upsample], padding=1)
-            maps = Sum(interleave(parts), level.upsample.conv.bias)
+            maps = Sum(interleave(parts, strip=strip), level.upsample.conv.bias)
+    if strips.is_strip(maps.first):
+        return left(maps, decoder.norm_out, decoder.conv_out)
     _, read = normed(maps, decoder.norm_out, silu=True)
     return decoder.conv_out(read)
+
+
+def _entered(conv: nn.Conv2d, images: Float[Tensor, "b 3 H W"]) -> Sum:
+    if suits(images):
+        return entered(images, conv.weight, conv.bias)
+    images, weight = _widened(images), _widened(conv.weight)
+    return Sum(_product(images, weight, padding=conv.padding), conv.bias)
 
 
 def _middle(mid: "Mid", maps: Sum) -> Sum:
@@ -66,21 +78,28 @@ def _level(level: "Level", maps: Sum) -> Sum:
 
 
 def _block(block: "ResBlock", maps: Sum) -> Sum:
-    x, read = normed(maps, block.norm1, silu=True)
-    _, read = normed(_convolved(block.conv1, read), block.norm2, silu=True)
-    branch = _convolved(block.conv2, read)
+    strip = suits(maps.first)
+    x, read = normed(maps, block.norm1, silu=True, strip=strip)
+    _, read = normed(_convolved(block.conv1, read), block.norm2, silu=True, strip=strip)
+    return _convolved(block.conv2, read, _beside(block, x))
+
+
+def _beside(block: "ResBlock", x: Sum) -> Sum:
+    """The block's shortcut."""
     if isinstance(block.nin_shortcut, nn.Identity):
-        return Sum(*x[:2], *branch[:2])
-    short = block.nin_shortcut
-    bias = short.bias
+        return x
+    weight, bias = block.nin_shortcut.weight, block.nin_shortcut.bias
     if x.first_bias is not None:
-        bias = F.linear(x.first_bias, short.weight.flatten(1), bias)
-    return Sum(_product(x.first, short.weight), bias, *branch[:2])
+        bias = F.linear(x.first_bias, weight.flatten(1), bias)
+    convolve = strips.pointwise if strips.is_strip(x.first) else _product
+    return Sum(convolve(x.first, weight), bias)
 
 
 def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
     if isinstance(attn, nn.Identity):
         return maps
+    if strips.is_strip(maps.first):
+        maps = Sum(added(maps))
     x, read = normed(maps, attn.norm, silu=False)
     q, k, v = rearrange(attn.qkv(read), "b (qkv d) h w -> qkv b (h w) d", qkv=3)
     weights = (torch.bmm(q, k.mT) * q.shape[2] ** -0.5).softmax(dim=2, dtype=torch.float32)
@@ -88,8 +107,11 @@ def _attended(attn: "Attention | nn.Identity", maps: Sum) -> Sum:
     return Sum(*x[:2], _product(seen, attn.proj_out.weight), attn.proj_out.bias)
 
 
-def _convolved(conv: nn.Conv2d, maps: Float[Tensor, "b d h w"]) -> Sum:
-    return Sum(_product(maps, conv.weight, padding=conv.padding), conv.bias)
+def _convolved(conv: nn.Conv2d, maps: Float[Tensor, "b d h w"], beside: Sum | None = None) -> Sum:
+    if strips.is_strip(maps):
+        return convolved(maps, conv.weight, conv.bias, beside)
+    branch = _product(maps, conv.weight, padding=conv.padding), conv.bias
+    return Sum(*branch) if beside is None else Sum(*beside[:2], *branch)
 
 
 def _product(maps: Tensor, weight: Tensor, **how: Any) -> Tensor:
