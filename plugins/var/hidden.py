@@ -13,16 +13,13 @@ from torch import Tensor
 
 import sandbox
 
-from .operators import HALVES
+from . import operators
 
 
 def suits(x: Float[Tensor, "b n d"], weight: Float[Tensor, "f d"]) -> bool:
     """Whether `activated` is for their product: of 16 bits, on a GPU, with gradients to come."""
-    if not (x.is_cuda and torch.is_grad_enabled() and weight.requires_grad):
-        return False
-    half = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if half else weight.dtype
-    return dtype in HALVES and _runs(x.device, dtype)
+    dtype = operators.half(x, weight)
+    return dtype is not None and _runs(x.device, dtype)
 
 
 @torch.compiler.assume_constant_result  # compiled code asks while it is made

@@ -17,6 +17,15 @@ HALVES = torch.float16, torch.bfloat16
 Heads = Float[Tensor, "b heads n e"]
 
 
+def half(x: Float[Tensor, "b n d"], weight: Float[Tensor, "f d"]) -> torch.dtype | None:
+    """The 16-bit type of their product, if it is one on a GPU with gradients to come."""
+    if not (x.is_cuda and torch.is_grad_enabled() and weight.requires_grad):
+        return None
+    cast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if cast else weight.dtype
+    return dtype if dtype in HALVES else None
+
+
 def suits(qkv: Float[Tensor, "b n three_d"], heads: int) -> bool:
     """Whether `part` is for this product: 16 bits on a GPU, from which gradients are wanted."""
     if not (qkv.is_cuda and qkv.requires_grad and qkv.dtype in HALVES):
