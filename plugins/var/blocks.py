@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
-from . import hidden, operators
+from . import between, hidden, operators
 
 LAYER_NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
@@ -63,6 +63,10 @@ class Block(nn.Module):
         """`memory` is the cache of keys and values, the place of these tokens in it, and the bias
         of all three, which is the same in every step.
         """
+        if self.training and memory is None and not self.attn.dropout.p:
+            dtype = between.norm_dtype(x, modulation, self.attn.proj.weight)
+            if dtype is not None:
+                return self.learn(x, modulation, mask, dtype)
         past, span, bias = memory or (None, slice(None), None)
         made = self.before(x, modulation, bias)
         return self.after(x, self.attn.see(made, mask, past, span), modulation)
@@ -88,12 +92,36 @@ class Block(nn.Module):
         x = x + self.attn.merge(seen) * gate1
         return x + self.mlp(normalised(x, self.norm) * (1 + scale) + shift) * gate2
 
+    def learn(
+        self,
+        x: Float[Tensor, "b n d"],
+        modulation: Float[Tensor, "b 1 6 d"],
+        mask: Mask,
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "b n d"]:
+        """`forward` by the kernels for training, its norms of type `dtype`; without dropout."""
+        proj, fc2 = self.attn.proj, self.ffn.fc2
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        x, normed = between.modulated(x, scale1, shift1, dtype)
+        seen = self.attn.see(self.attn.project(normed), mask)
+        product = F.linear(rearrange(seen, "b heads n e -> b n (heads e)"), proj.weight)
+        x, normed = between.added_and_modulated(x, product, proj.bias, gate1, scale2, shift2)
+        product = F.linear(self.widened(normed), fc2.weight)
+        return between.added(x, product, fc2.bias, gate2)
+
+    def widened(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n f"]:
+        """The MLP's hidden layer in training; on a GPU by kernels of its own."""
+        fc1 = self.ffn.fc1
+        if hidden.suits(x, fc1.weight):
+            return hidden.activated(F.linear(x, fc1.weight), fc1.bias)
+        return self.ffn.act(fc1(x))
+
     def mlp(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Compiled to draw, with the cheapest GELU; in training on a GPU by kernels of its own."""
+        """Compiled to draw, with the cheapest GELU."""
         fc1, fc2 = self.ffn.fc1, self.ffn.fc2
-        if self.training and hidden.suits(x, fc1.weight):
-            return self.ffn.drop2(fc2(hidden.activated(F.linear(x, fc1.weight), fc1.bias)))
-        if self.training or not drawing():
+        if self.training:
+            return self.ffn.drop2(fc2(self.widened(x)))
+        if not drawing():
             return self.ffn(x)
         return linear(gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
 
