@@ -47,7 +47,7 @@ _HOME = {
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["quickened", "refresh", "render"],
     "replay": ["Followed", "NotRecorded", "Recording", "Recordings"],
-    "sampling": ["Keep", "Sampled", "sample"],
+    "sampling": ["Keep", "Sampled", "guided", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],
     "values": [

@@ -179,6 +179,7 @@ class Backbone(Protocol):
     and `logits(*features)` what `forward` gives, of any of their rows. `compile()` of such a
     backbone compiles what is slow in `features`. It may also have `fused`, False at first: whether
     steps may run kernels built for it, and `refresh()`, for copies of weights that recordings read.
+    And `guided_step(state, context, step, weight)`: `sandbox.guided` of `step`, by a shorter way.
     """
 
     def forward(
@@ -201,8 +202,8 @@ class Backbone(Protocol):
 @runtime_checkable
 class Sampler(Protocol):
     """Logits to ids; `progress` is 0 at the first step, 1 at the last. Built as `Class(params)`.
-    A sampler may also have `soften(logits, progress, rng) -> Float["b n v"]`: weights over the
-    vocabulary whose mean code is painted in place of the drawn one; and `fused`, as a backbone has.
+    It may also have `soften(logits, progress, rng) -> Float["b n v"]`: weights of codes whose mean
+    is painted in place of the drawn one; and `fused`, as a backbone has.
     """
 
     def guidance(self, progress: float) -> float:
@@ -218,10 +219,8 @@ class Generator(Protocol):
     """What is trained and sampled from. Built as `Class(params, subject)`.
 
     It may also have `compile() -> None`, called before a training that is to be compiled; without
-    it, the network's own is.
-
-    It may also have `fast`, one of `off`, `auto` and `on`, which may be set at any time: whether
-    `generate` may be replayed as recorded, and with `on` run kernels compiled for it.
+    it, the network's own is. And `fast`, one of `off`, `auto` and `on`, which may be set at any
+    time: whether `generate` may be replayed as recorded, and with `on` run kernels built for it.
     """
 
     network: nn.Module

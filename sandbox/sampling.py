@@ -4,7 +4,9 @@ VAR, arXiv 2404.02905, Algorithm 2, with classifier-free guidance as published: 
 to 1, logits = (1 + t) with_label - t without, where t = guidance(r).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +32,14 @@ class Sampled:
     canvas: Float[Tensor, "b c h w"]
 
 
+def guided(rows: Float[Tensor, "two_b *rest"], weight: float) -> Float[Tensor, "b *rest"]:
+    """Classifier-free guidance of logits, or of what they are linear in: those with a label first,
+    then those without.
+    """
+    with_label, without = rows.chunk(2)
+    return without.lerp(with_label, 1 + weight) if weight else with_label
+
+
 @torch.inference_mode()
 def sample(
     tokenizer: Tokenizer,
@@ -48,16 +58,17 @@ def sample(
     """
     num_steps = len(tokenizer.layout.steps)
     progress = [index / max(1, num_steps - 1) for index in range(num_steps)]
-    guided = any(sampler.guidance(r) != 0 for r in progress)
-    rows = torch.cat([labels, torch.full_like(labels, no_label)]) if guided else labels
+    guides = any(sampler.guidance(r) != 0 for r in progress)
+    rows = torch.cat([labels, torch.full_like(labels, no_label)]) if guides else labels
     canvas, state, drawn = tokenizer.canvas(len(labels)), backbone.begin(rows), []
     for index, span in enumerate(tokenizer.layout.spans):
         context = tokenizer.context(canvas, index)
-        logits = backbone.step(state, torch.cat([context] * 2) if guided else context, index)
-        if guided:
-            with_label, without = logits.float().chunk(2)
-            t = sampler.guidance(progress[index])
-            logits = without.lerp(with_label, 1 + t) if t else with_label
+        if guides:
+            logits = _guided_step(backbone)(
+                state, torch.cat([context] * 2), index, sampler.guidance(progress[index])
+            )
+        else:
+            logits = backbone.step(state, context, index)
         ids = sampler.draw(logits.float(), progress[index], rng)
         codes = None
         if soften := getattr(sampler, "soften", None):
@@ -76,3 +87,15 @@ def sample(
         if watch is not None:
             watch(index, tokenizer.render(canvas))
     return Sampled(torch.cat(drawn, dim=1), canvas)
+
+
+def _guided_step(backbone: Backbone) -> Callable[..., Float[Tensor, "b n v"]]:
+    """The backbone's own way to guided logits, or the one by all logits."""
+
+    def by_all(
+        state: Any, context: Float[Tensor, "two_b n c"], step: int, weight: float
+    ) -> Float[Tensor, "b n v"]:
+        return guided(backbone.step(state, context, step).float(), weight)
+
+    found: Callable[..., Tensor] = getattr(backbone, "guided_step", by_all)
+    return found

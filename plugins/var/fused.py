@@ -50,13 +50,17 @@ def at_once(
 
 
 def step(
-    network: "VAR", state: "State", context: Float[Tensor, "b n c"] | None, span: slice
-) -> Float[Tensor, "b n v"]:
-    """The logits of the tokens of `span`; the first ones have no context."""
+    network: "VAR",
+    state: "State",
+    context: Float[Tensor, "b n c"] | None,
+    span: slice,
+    weight: float | None = None,
+) -> Float[Tensor, "b_or_half n v"]:
+    """The logits of the tokens of `span`, with a weight guided; the first ones have no context."""
     places = state.weights.places[:, span]
     kernel = kernel_for(state.weights.blocks[0].attn, places, state.caches[0])
     if kernel is None:
-        return pieces.step(network, state, context, span)
+        return pieces.step(network, state, context, span, weight)
     from . import gating, reading
 
     layers, embed = layers_of(state), state.weights.word_embed
@@ -70,13 +74,24 @@ def step(
         for layer, past in zip(layers, state.caches, strict=True):
             x = of_few(layer, x, past, span, kernel, skinny)
         _, normed = gating.gated_norm(x, None, head_shift, head_scale)
-        return network.project(normed)
+        return predicted(network, normed, weight)
     moves = [(layer.modulation[:, :, 4], layer.modulation[:, :, 2]) for layer in layers]
     _, normed = gating.gated_norm(x, None, *moves[0])
     moves.append((head_shift, head_scale))
     for layer, past, following in zip(layers, state.caches, moves[1:], strict=True):
         x, normed = of_many(layer, x, normed, following, past, span, kernel)
-    return network.project(normed)
+    return predicted(network, normed, weight)
+
+
+def predicted(
+    network: "VAR", normed: Float[Tensor, "b n d"], weight: float | None
+) -> Float[Tensor, "b_or_half n v"]:
+    """The logits, with a weight guided: before the head, unless that would round too much."""
+    if weight is None:
+        return network.project(normed)
+    if normed.dtype != torch.float32:
+        return sandbox.guided(network.project(normed), weight)
+    return network.project(sandbox.guided(normed, weight))
 
 
 def of_many(

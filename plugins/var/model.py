@@ -141,12 +141,17 @@ class VAR(nn.Module):
         self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 2 d"]
     ) -> Float[Tensor, "b n v"]:
         """`logits` of tokens and what their label makes of the head."""
+        return self.project(self.normed(x, modulation))
+
+    def normed(
+        self, x: Float[Tensor, "b n d"], modulation: Float[Tensor, "b 1 2 d"]
+    ) -> Float[Tensor, "b n d"]:
+        """What the head reads of tokens, in its own type."""
         with self._uncast(x.device):
-            normed = self.head_nm(x.to(self.head.weight.dtype), modulation)
-        return self.project(normed)
+            return self.head_nm(x.to(self.head.weight.dtype), modulation)
 
     def project(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
-        """What `logits` makes of tokens that are normalised already, in the head's own type."""
+        """The logits of what the head reads."""
         with self._uncast(normed.device):
             return self.head(normed).float()
 
@@ -199,6 +204,14 @@ class VAR(nn.Module):
         Raises ValueError if the steps are not taken in order.
         """
         return stepwise.step(self, state, context, step)
+
+    def guided_step(
+        self, state: stepwise.State, context: Float[Tensor, "two_b n c"], step: int, weight: float
+    ) -> Float[Tensor, "b n v"]:
+        """`sandbox.guided` of `step`; fused, tokens are mixed before the head, which is linear."""
+        if not self.fused:
+            return sandbox.guided(self.step(state, context, step), weight)
+        return stepwise.step(self, state, context, step, weight)
 
     def refresh(self) -> None:
         """Bring the copies of the weights up to date, which a recorded generation reads."""

@@ -49,9 +49,13 @@ def begin(
 
 
 def step(
-    network: "VAR", state: "State", context: Float[Tensor, "b n c"] | None, span: slice
-) -> Float[Tensor, "b n v"]:
-    """The logits of the tokens of `span`; the first ones have no context."""
+    network: "VAR",
+    state: "State",
+    context: Float[Tensor, "b n c"] | None,
+    span: slice,
+    weight: float | None = None,
+) -> Float[Tensor, "b_or_half n v"]:
+    """The logits of the tokens of `span`, with a weight guided; the first ones have no context."""
     layers, places = layers_of(state), state.weights.places[:, span]
     read = state.cond, context, state.weights.word_embed
     pieces = compiled(dynamic=places.device.type == "cpu")
@@ -61,7 +65,8 @@ def step(
         if index + 1 < len(layers):
             x, made = pieces.between(layer, layers[index + 1], x, seen)
     with network.coarse_products():
-        return pieces.leave(network, layers[-1], x, seen, state.head)
+        share = None if weight is None else x.new_full((), 1 + weight, dtype=torch.float32)
+        return pieces.leave(network, layers[-1], x, seen, state.head, share)
 
 
 def layers_of(state: "State") -> list[Layer]:
@@ -104,10 +109,21 @@ def leave(
     x: Float[Tensor, "b n d"],
     seen: Float[Tensor, "b heads n e"],
     head: Float[Tensor, "b 1 2 d"],
-) -> Float[Tensor, "b n v"]:
-    """From what the last block's attention saw to the logits."""
-    logits = network.predict(_after(last, x, seen), _spread(head, x.shape[1]))
-    return logits.view(*x.shape[:2], -1)
+    share: Float[Tensor, ""] | None,
+) -> Float[Tensor, "b_or_half n v"]:
+    """From what the last block's attention saw to the logits; guided with the `share` of those with
+    a label: before the head, unless that would round too much.
+    """
+    normed = network.normed(_after(last, x, seen), _spread(head, x.shape[1]))
+    early = share is not None and normed.dtype == torch.float32
+    logits = network.project(_mixed(normed, share) if early else normed)
+    logits = logits if share is None or early else _mixed(logits, share)
+    return logits.view(-1, x.shape[1], logits.shape[-1])
+
+
+def _mixed(rows: Float[Tensor, "two_bn 1 d"], share: Float[Tensor, ""]) -> Float[Tensor, "bn 1 d"]:
+    with_label, without = rows.chunk(2)
+    return without.lerp(with_label, share)
 
 
 def _before(

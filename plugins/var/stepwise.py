@@ -47,14 +47,21 @@ def begin(network: "VAR", cond: Float[Tensor, "b d"], dtype: torch.dtype) -> Sta
 
 
 def step(
-    network: "VAR", state: State, context: Float[Tensor, "b n c"], step: int
-) -> Float[Tensor, "b n v"]:
-    """See `VAR.step`."""
+    network: "VAR",
+    state: State,
+    context: Float[Tensor, "b n c"],
+    step: int,
+    weight: float | None = None,
+) -> Float[Tensor, "b_or_half n v"]:
+    """See `VAR.step` and, with a weight, which is for fused steps alone, `VAR.guided_step`."""
     if step != state.next_step:
         raise ValueError(f"step {state.next_step} comes next, not step {step}")
     span = network.tokens.layout.spans[step]
-    predict = fused.step if network.fused else _plain
-    logits = predict(network, state, context if step else None, span)
+    read = context if step else None
+    if network.fused:
+        logits = fused.step(network, state, read, span, weight)
+    else:
+        logits = _plain(network, state, read, span)
     state.next_step += 1
     return logits
 

@@ -1,7 +1,7 @@
 """Laws of what predicts ids: stepwise agrees with whole, and nothing looks ahead."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sandbox.interfaces import AttentionBackend, Backbone, Generator, Sampler
 from sandbox.judges import Objective
 from sandbox.layout import Layout, Mask
+from sandbox.sampling import guided
 from sandbox.testing.claims import (
     agree,
     as_module,
@@ -122,12 +123,26 @@ def backbone_law(backbone: Backbone, tokens: Tokens, seed: int = 0) -> None:
         rows = [backbone.forward(contexts[i : i + 1], labels[i : i + 1]) for i in range(2)]
         agree(torch.cat(rows), whole, "a batch of two is two batches of one", 1e-3)
         _halves_law(backbone, contexts, labels, whole)
+        _guided_law(backbone, contexts, labels, steps)
         for span in layout.spans[1:]:
             later = contexts.clone()
             later[:, span] += 1
             moved = backbone.forward(later, labels)
             earlier = slice(0, span.start)
             agree(moved[:, earlier], whole[:, earlier], "no later step moves an earlier logit")
+
+
+def _guided_law(
+    backbone: Backbone, contexts: Tensor, labels: Tensor, steps: Sequence[Tensor]
+) -> None:
+    guided_step: Callable[..., Tensor] | None = getattr(backbone, "guided_step", None)
+    for weight in (0.0, 1.7) if guided_step else ():
+        state, start = backbone.begin(labels), 0
+        for index, logits in enumerate(steps):
+            context = contexts[:, start : start + logits.shape[1]]
+            start += logits.shape[1]
+            found = guided_step(state, context, index, weight)
+            agree(found, guided(logits, weight), "guided_step gives guided logits", 1e-3)
 
 
 def _halves_law(backbone: Backbone, contexts: Tensor, labels: Tensor, whole: Tensor) -> None:

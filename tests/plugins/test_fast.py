@@ -84,8 +84,8 @@ def drawn(run, fast, salt="a", size=6):
     return run.generator.generate(labels_of(run, size), run.rng(salt))
 
 
-def logits(run, fused, size=3):
-    """Every step's logits, of one run of codes."""
+def logits(run, fused, size=3, weight=None):
+    """Every step's logits, of one run of codes; with a weight guided ones."""
     network, layout = run.generator.network.eval(), run.generator.layout
     network.fused = fused
     rng = torch.Generator(run.device).manual_seed(0)
@@ -93,7 +93,9 @@ def logits(run, fused, size=3):
         state, found = network.begin(labels_of(run, size)), []
         for step, n in enumerate(layout.lens):
             context = torch.randn(size, n, 4, generator=rng, device=run.device)
-            found.append(network.step(state, context, step))
+            guided = () if weight is None else (weight,)
+            predict = network.guided_step if guided else network.step
+            found.append(predict(state, context, step, *guided))
     network.fused = False
     return torch.cat(found, 1)
 
@@ -116,7 +118,9 @@ def test_greedy_tokens_of_compiled_kernels_are_the_plain_ones(load, layout):
     plain = drawn(run, "off")
     torch.testing.assert_close(drawn(run, "on"), plain)
     assert len(plain.flatten(1).unique(dim=0)) > 1
-    torch.testing.assert_close(logits(run, True), logits(run, False))
+    for size, weight in ((3, None), (4, 0.0), (4, 2.5)):
+        found, wanted = (logits(run, fused, size, weight) for fused in (True, False))
+        torch.testing.assert_close(found, wanted)
 
 
 def test_on_a_cpu_auto_is_the_plain_way(load, monkeypatch):

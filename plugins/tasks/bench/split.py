@@ -19,7 +19,7 @@ from .clock import Clock
 
 REST = "rest"
 """What no part's method took: guidance, the loop, and what a generator does by itself."""
-_NETWORK = ("begin", "step", "forward")
+_NETWORK = ("begin", "step", "guided_step", "forward")
 _TOKENIZER = {
     "render": "decoder",
     "decode": "decoder",
