@@ -239,8 +239,8 @@ def _backward(ctx, towards):
 
 
 def _keep_normed(ctx, inputs, output) -> None:
-    x, _, moments = output
-    _, product, bias, gate, scale, _ = inputs
+    *_, moments = output
+    x, product, bias, gate, scale, _ = inputs
     ctx.mark_non_differentiable(moments)
     ctx.save_for_backward(x, moments, scale, product, bias, gate)
 

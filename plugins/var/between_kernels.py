@@ -19,10 +19,9 @@ TOKENS, TOKENS_BACK = 4, 2
 """That a program holds at once, at most, there and back; half of them where they are wide."""
 STAGES = 3
 """Of the way back: all but one are of tokens that are still being read."""
-PROGRAMS = 528
-"""That share the tokens on the way back, at most: four for each of 132 processors."""
-COLUMNS = 256
-"""Of an image's sums, for a program that adds them up."""
+PROGRAMS = 396
+"""That share the tokens on the way back, at most: three for each of 132 processors."""
+COLUMNS = 256  # of an image's sums, for a program that adds them up
 _EPS = tl.constexpr(LAYER_NORM_EPS)
 
 Tokens, Rows = Float[Tensor, "b n d"], Float[Tensor, "b 1 d"]
@@ -31,7 +30,7 @@ Branch = tuple[Tokens, Float[Tensor, " d"], Rows]
 Norm = tuple[Rows, Rows, torch.dtype]
 """Scale and shift of a norm, and its type."""
 Normed = tuple[Tokens, Tokens, Float[Tensor, "2 b n"], Rows]
-"""The gradient of a norm; what it was of: tokens, their moments, its scale."""
+"""The gradient of a norm; what it was of: `x` of `join`, moments, its scale."""
 
 
 def join(
@@ -45,7 +44,7 @@ def join(
     (b, n, d), tokens = x.shape, _held(TOKENS, x.shape[2])
     product, bias, gate = branch or (None, None, None)
     scale, shift, dtype = norm or (None, None, None)
-    x, product = _dense(x), _dense(product)
+    x, product = (None if each is None else each.contiguous() for each in (x, product))
     added = None if branch is None else torch.empty_like(x)
     normed = None if norm is None else torch.empty_like(x, dtype=dtype)
     moments = None if norm is None else x.new_empty(2, b, n, dtype=torch.float32)
@@ -79,7 +78,8 @@ def gradients(
     (b, n, d), tokens = towards.shape, _held(TOKENS_BACK, towards.shape[2])
     product, bias, gate = branch or (None, None, None)
     of, x, moments, scale = normed or (None, None, None, None)
-    towards, product, of, x = (_dense(each) for each in (towards, product, of, x))
+    maps = towards, product, of, x
+    towards, product, of, x = (None if each is None else each.contiguous() for each in maps)
     dx, dproduct = (None if each is None else torch.empty_like(each) for each in (x, product))
     dgate, dscale, dshift = (
         None if row is None else row.new_empty(b, 1, d) for row in (gate, scale, scale)
@@ -96,6 +96,7 @@ def gradients(
             moments,
             *_rows(scale),
             product,
+            bias,
             *_rows(gate),
             dx,
             dproduct,
@@ -115,16 +116,10 @@ def gradients(
     return dx, dproduct, dbias, dgate, dscale, dshift
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def _rows(rows: Rows | None) -> tuple[Rows | None, int]:
     """Rows that are dense, and how far apart they are."""
-    if rows is None:
-        return None, 0
-    rows = rows if rows.stride(2) == 1 else rows.contiguous()
-    return rows, rows.stride(0)
+    rows = rows if rows is None or rows.stride(2) == 1 else rows.contiguous()
+    return rows, 0 if rows is None else rows.stride(0)
 
 
 def _held(tokens: int, d: int) -> int:
@@ -193,6 +188,7 @@ def _back(
     scale,
     scale_stride,
     product,
+    bias,
     gate,
     gate_stride,
     dx,
@@ -215,6 +211,7 @@ def _back(
     if product is not None:
         opened = tl.load(gate + image * gate_stride + own, inside, 0.0).to(tl.float32)
         weighed, plain = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        moved = tl.load(bias + own, inside, 0.0).to(tl.float32)
     begin = tl.program_id(0) * share
     end = tl.minimum(begin + share, n)
     for start in tl.range(begin, end, TOKENS, num_stages=STAGES):
@@ -222,12 +219,17 @@ def _back(
         there = (row < end)[:, None] & inside
         here = image * n * D + row[:, None] * D + own
         g = tl.load(towards + here, there, 0.0).to(tl.float32)
+        if product is not None:
+            y = tl.load(product + here, there, 0.0).to(tl.float32)
         if of is not None:
             token = image * n + row
             mean = tl.load(moments + token, row < end, 0.0)[:, None]
             others = tl.num_programs(1).to(tl.int64) * n
             inverse = tl.load(moments + others + token, row < end, 0.0)[:, None]
-            unit = (tl.load(x + here, there, 0.0).to(tl.float32) - mean) * inverse
+            value = tl.load(x + here, there, 0.0).to(tl.float32)
+            if product is not None:  # the sum is made again, rounded as it was
+                value = (value + (y + moved) * opened).to(x.dtype.element_ty).to(tl.float32)
+            unit = (value - mean) * inverse
             slope = tl.load(of + here, there, 0.0).to(tl.float32)
             shifted += tl.sum(slope, 0)
             scaled += tl.sum(slope * unit, 0)
@@ -236,7 +238,6 @@ def _back(
             g += (slope - (lost + unit * along) / D) * inverse
             tl.store(dx + here, g.to(dx.dtype.element_ty), there)
         if product is not None:
-            y = tl.load(product + here, there, 0.0).to(tl.float32)
             tl.store(dproduct + here, (g * opened).to(dproduct.dtype.element_ty), there)
             plain += tl.sum(g, 0)
             weighed += tl.sum(g * y, 0)

@@ -87,7 +87,6 @@ def check_strips(sizes, dtype=torch.float32, device="cpu"):
             assert strips.is_strip(total.first) and strips.is_strip(read)
             close(added(total), wanted)
             close(read, F.silu(of(norm, wanted)))
-            assert not (strips.whole(read).sum() - read.sum()).isnan()
             rows = strips.whole(read)[:, 1:].unflatten(1, (h, w + 1))
             assert not strips.whole(read)[:, 0].any() and not rows[:, :, w].any()
         beside = pixels_alone(strips.filled(torch.randn(b, e, h, w, **like), e))
