@@ -1,4 +1,4 @@
-"""The 3 x 3 convolutions of large maps: one Triton kernel, which adds and takes moments as well.
+"""The 3 x 3 convolutions of large maps: Triton kernels that add and take moments as well.
 
 The one idea to hold: along a strip the pixels of a row of taps lie one after the other, so a
 convolution is three products, of windows that overlap in memory. What stands beside it is added,
@@ -7,9 +7,10 @@ and the moments that the next norm wants are taken, before the sum leaves the pr
 Imported only for maps on a GPU: triton takes its time, and is not there on every platform.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,7 +26,7 @@ from . import strips
 from .norms import Moments, Sum
 
 LEAST = 128 * 128
-"""Pixels of an image from which on the kernel pays: smaller maps the library convolves so much
+"""Pixels of an image from which on the kernels pay: smaller maps the library convolves so much
 faster that a pass for moments costs less."""
 PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
 """Channels of a program, and how it has them: each a power of two."""
@@ -33,6 +34,7 @@ TILE, SMALL_TILE = 128, 64
 """Positions of a program; of a few programs, less than `MANY`, so that none of 132 processors is
 without two."""
 MANY = 264
+HOW = {"num_warps": 4, "num_stages": 3}
 
 
 def suits(maps: Float[Tensor, "b d h w"], times: int = 1) -> bool:
@@ -55,42 +57,52 @@ def convolved(
 ) -> Sum:
     """What a 3 x 3 convolution (padding 1) makes of a strip, `beside` added, as one strip.
 
-    Of multiples of 16 channels it makes multiples of 32. What is no pixel has to be 0 in the strip,
-    and is in what comes out; in the single map of `beside`, a strip as well, it may be anything.
-    Products of float32 are those of TF32, of which `maps` is.
+    Of multiples of 16 channels it makes multiples of 32. What is no pixel has to be 0 in the strip;
+    in the single map of `beside`, a strip as well, it may be anything. Products of float32 are
+    those of TF32, of which `maps` is.
     """
-    (b, d, h, w), e = maps.shape, len(weight)
-    pixels, n = strips.whole(maps), h * (w + 1) + 1
-    windows = pixels.as_strided((b, n - 2, 3 * d), (n * d, d, 1), pixels.storage_offset())
-    weight = rounded(weight.permute(0, 2, 3, 1).reshape(e, 9 * d))
-    first, rest = PARTS[max(size for size in PARTS if e % size == 0)]
-    across, block = e // (first + rest), 128 // maps.element_size()
-    block = block if 3 * d % block in (0, 16, 32) else block // 2
-    tile = TILE if b * across * triton.cdiv(n - 1, TILE) >= MANY else SMALL_TILE
-    parts = triton.cdiv(n - 1, tile)
-    moments = maps.new_empty(b, parts, 2, e, dtype=torch.float32)
-    out, other = strips.like(maps, e), None if beside is None else beside.first
-    sizes, blocks = (first, rest or first), (block, 3 * d % block or block)
+    plan = _planned(maps, 3, len(weight))
+    out, other = strips.like(maps, plan.e), None if beside is None else beside.first
+    moments = maps.new_empty(len(maps), plan.tiles, 2, plan.e, dtype=torch.float32)
     with torch.cuda.device_of(maps):
-        kernels.convolve[(parts * across, b)](
-            *(_tiles(windows, 1, tile, size) for size in blocks),
-            *(_tiles(weight, rows, size) for size in blocks for rows in sizes),
-            *(_tiles(_after(each), 1, tile, size) for each in (out, other) for size in sizes),
+        kernels.convolve[(plan.programs, len(maps))](
+            *_read(plan, maps, weight),
+            *(_tiles(_after(x), 1, plan.tile, size) for x in (out, other) for size in plan.sizes),
             bias,
             None if beside is None else beside.first_bias,
             moments,
-            n - 1,
-            w + 1,
-            3 * d,
-            e,
-            tile,
-            block,
-            first,
-            rest,
-            num_warps=4,
-            num_stages=3,
+            plan.positions,
+            plan.row,
+            *plan.constants,
+            **HOW,
         )
-    return Sum(out, moments=Moments(moments, tile, n - 1, w + 1))
+    return Sum(out, moments=Moments(moments, plan.tile, plan.positions, plan.row))
+
+
+def convolved_doubled(
+    maps: strips.Strip, weight: Float[Tensor, "four_e d 2 2"], bias: Float[Tensor, " e"] | None
+) -> Sum:
+    """What a 3 x 3 convolution makes of a strip with every pixel four times, as one strip.
+
+    The weights are those of `double`. What is no pixel has to be 0 in the strip.
+    """
+    b, _, h, w = maps.shape
+    plan = _planned(maps, 2, len(weight) // 4)
+    out = strips.empty(maps, plan.e, 2 * h, 2 * w)
+    moments = maps.new_empty(b, 4 * plan.tiles, 2, plan.e, dtype=torch.float32)
+    with torch.cuda.device_of(maps):
+        kernels.convolve_doubled[(4 * plan.programs, b)](
+            *_read(plan, maps, weight),
+            out,
+            bias,
+            moments,
+            plan.positions,
+            plan.row,
+            out.stride(0),
+            *plan.constants,
+            **HOW,
+        )
+    return Sum(out, moments=Moments(moments, plan.tile, plan.positions, plan.row, repeats=4))
 
 
 def entered(
@@ -109,6 +121,63 @@ def rounded(x: Tensor) -> Tensor:
     return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
 
 
+class _Plan(NamedTuple):
+    """How a convolution is shared among programs."""
+
+    window: int
+    """Numbers of a row of taps."""
+    e: int
+    tile: int
+    """Positions of a program."""
+    block: int
+    """Of a window, that are read at once."""
+    first: int
+    rest: int
+    """Channels of a program."""
+    positions: int
+    row: int
+    """Positions of a row."""
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        return self[:6]
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.positions, self.tile)
+
+    @property
+    def programs(self) -> int:
+        """Of an image."""
+        return self.tiles * self.e // (self.first + self.rest)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.first, self.rest or self.first
+
+
+def _planned(maps: strips.Strip, side: int, e: int) -> _Plan:
+    """For `side` x `side` taps and `e` channels."""
+    b, d, h, w = maps.shape
+    block = 128 // maps.element_size()
+    block = block if side * d % block in (0, 16, 32) else block // 2
+    parts = PARTS[max(size for size in PARTS if e % size == 0)]
+    plan = _Plan(side * d, e, TILE, block, *parts, h * (w + 1), w + 1)
+    return plan if b * plan.programs >= MANY else plan._replace(tile=SMALL_TILE)
+
+
+def _read(plan: _Plan, maps: strips.Strip, weight: Tensor) -> Iterator[TensorDescriptor | None]:
+    """The tiles that both kernels read."""
+    whole = strips.whole(maps)
+    b, n, d = whole.shape
+    rows = n + 1 - plan.window // d
+    windows = whole.as_strided((b, rows, plan.window), whole.stride(), whole.storage_offset())
+    weight = rounded(weight.permute(0, 2, 3, 1).flatten(1))
+    blocks = plan.block, plan.window % plan.block or plan.block
+    yield from (_tiles(windows, 1, plan.tile, size) for size in blocks)
+    yield from (_tiles(weight, rows, size) for size in blocks for rows in plan.sizes)
+
+
 def _after(maps: strips.Strip | None) -> Float[Tensor, "b n d"] | None:
     """All positions but the first, which is before all pixels."""
     return None if maps is None else strips.whole(maps)[:, 1:]
@@ -120,13 +189,14 @@ def _tiles(x: Tensor | None, *sizes: int) -> TensorDescriptor | None:
 
 @cache
 def _runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the GPU copies tiles by itself, and the kernel can be built, after a trial."""
+    """Whether the GPU copies tiles by itself, and the kernels can be built, after a trial."""
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
 
     def trial() -> ModuleType:
-        zeros = torch.zeros(1, 5, 32, dtype=dtype, device=device)
-        convolved(strips.view(zeros, 2, 1), zeros.new_zeros(32, 32, 3, 3), None)
+        maps = strips.view(torch.zeros(1, 5, 32, dtype=dtype, device=device), 2, 1)
+        convolved(maps, maps.new_zeros(32, 32, 3, 3), None)
+        convolved_doubled(maps, maps.new_zeros(128, 32, 2, 2), None)
         return kernels
 
     return sandbox.tried(trial, "an autoencoder without its own convolutions") is not None

@@ -11,38 +11,31 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from . import strips
-
 BLOCK = 2048
 """Numbers of a row that a program moves."""
 
 
-def interleave(
-    parts: Float[Tensor, "b four_e h w"], *, strip: bool = False
-) -> Float[Tensor, "b e hh ww"]:
+def interleave(parts: Float[Tensor, "b four_e h w"]) -> Float[Tensor, "b e hh ww"]:
     """The doubled map of its four parities `(p q e)`, odd rows (p) and columns (q) first.
 
     Together these make the map and one pixel more around it, which is left out. Channels lie
-    together in both. With `strip` it is one, without the zeros.
+    together in both.
     """
     parts = parts.permute(0, 2, 3, 1).contiguous()
     b, h, w, four_e = parts.shape
     e, height, width = four_e // 4, 2 * h - 2, 2 * w - 2
-    out = parts.new_empty(b, height, width, e).permute(0, 3, 1, 2)
-    out = strips.like(out) if strip else out
+    out = parts.new_empty(b, height, width, e)
     with torch.cuda.device_of(parts):
         _interleave[(b * height, triton.cdiv(width * e, BLOCK))](
-            parts, out, out.stride(0), out.stride(2), h, w, e, BLOCK, num_warps=4
+            parts, out, h, w, e, BLOCK, num_warps=4
         )
-    return out
+    return out.permute(0, 3, 1, 2)
 
 
 @triton.jit
 def _interleave(
     parts,
     out,
-    image_size,
-    row_size,
     H: tl.constexpr,  # noqa: N803
     W: tl.constexpr,  # noqa: N803
     E: tl.constexpr,  # noqa: N803
@@ -54,5 +47,4 @@ def _interleave(
     x, there = own // E + 1, own < (2 * W - 2) * E
     parts += ((image * H + y // 2) * W).to(tl.int64) * (4 * E) + y % 2 * (2 * E)
     numbers = tl.load(parts + x // 2 * (4 * E) + x % 2 * E + own % E, there)
-    out += image.to(tl.int64) * image_size + row % (2 * H - 2) * row_size
-    tl.store(out + own, numbers, there)
+    tl.store(out + row.to(tl.int64) * ((2 * W - 2) * E) + own, numbers, there)

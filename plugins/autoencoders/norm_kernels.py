@@ -87,6 +87,7 @@ def finish(
     SHARES: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
+    REPEATS: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A group of an image: from the moments of its channels' shares to what they amount to.
@@ -103,7 +104,8 @@ def finish(
     moments += (image * SHARES + part) * 2 * D + own
     means = tl.load(moments, there, 0.0)
     around = tl.load(moments + D, there, 0.0)
-    begin, end = part * share, tl.minimum(part * share + share, positions)
+    begin = part % (SHARES // REPEATS) * share
+    end = tl.minimum(begin + share, positions)
     count = tl.where(there, end - end // row - begin + begin // row, 0).to(tl.float32)
     numbers = pixels.to(tl.float32) * CHANNELS
     mean = tl.sum(tl.sum(count * means, 0), 0) / numbers

@@ -43,6 +43,8 @@ class Moments(NamedTuple):
     """Of an image."""
     row: int
     """Every so manyeth position is no pixel."""
+    repeats: int = 1
+    """Parts are those of so many images, one after the other, that are one."""
 
 
 class Sum(NamedTuple):
@@ -58,12 +60,19 @@ class Sum(NamedTuple):
     moments: Moments | None = None
 
 
-def added(terms: Sum, *, pad: bool = False) -> Float[Tensor, "b d hh ww"]:
+def added(terms: Sum, *, pad: bool = False, strip: bool = False) -> Float[Tensor, "b d hh ww"]:
     """The sum as one map; with `pad`, one row below and one column to the right of 0 belong to it.
 
-    Raises ValueError for a map that does not lie channels together.
+    With `strip` it is one, with its zeros. Raises ValueError for a map that does not lie channels
+    together.
     """
     b, d, h, w = terms.first.shape
+    if strip:
+        single = terms[1:4] == (None, None, None) and strips.is_strip(terms.first)
+        out = terms.first if single else strips.like(terms.first)
+        if not single:
+            _sum_up(terms, out, h * w, moments=False)
+        return strips.bordered(out)
     whole = terms.first.new_empty(b, h + pad, w + pad, d)
     if pad:
         whole[:, -1].zero_()
@@ -163,12 +172,15 @@ def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, 
             norm.bias,
             norm.eps,
             pixels,
-            *moments[1:],
+            moments.share,
+            moments.positions,
+            moments.row,
             d,
             channels,
             parts,
             triton.next_power_of_2(parts),
             triton.next_power_of_2(channels),
+            moments.repeats,
             **sandbox.overlapping(scales.device),
             num_warps=1 if parts <= SHARES else 4,
         )

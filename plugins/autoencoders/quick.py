@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import strips
-from .convolving import convolved, entered, suits
+from .convolving import convolved, convolved_doubled, entered, suits
 from .interleaving import interleave
 from .leaving import left
 from .norms import Sum, added, normed
@@ -51,9 +51,7 @@ def decode(
     for level in reversed(decoder.up):
         maps = _level(level, maps)
         if not isinstance(level.upsample, nn.Identity):
-            strip = suits(maps.first, times=2)
-            parts = F.conv2d(added(maps), doubled[level.upsample], padding=1)
-            maps = Sum(interleave(parts, strip=strip), level.upsample.conv.bias)
+            maps = _doubled(maps, doubled[level.upsample], level.upsample.conv.bias)
     if strips.is_strip(maps.first):
         return left(maps, decoder.norm_out, decoder.conv_out)
     _, read = normed(maps, decoder.norm_out, silu=True)
@@ -65,6 +63,12 @@ def _entered(conv: nn.Conv2d, images: Float[Tensor, "b 3 H W"]) -> Sum:
         return entered(images, conv.weight, conv.bias)
     images, weight = _widened(images), _widened(conv.weight)
     return Sum(_product(images, weight, padding=conv.padding), conv.bias)
+
+
+def _doubled(maps: Sum, weight: Float[Tensor, "four_e d 2 2"], bias: Float[Tensor, " e"]) -> Sum:
+    if suits(maps.first, times=2):
+        return convolved_doubled(added(maps, strip=True), weight, bias)
+    return Sum(interleave(F.conv2d(added(maps), weight, padding=1)), bias)
 
 
 def _middle(mid: "Mid", maps: Sum) -> Sum:

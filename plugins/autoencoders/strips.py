@@ -13,8 +13,13 @@ Strip = Float[Tensor, "b d h w"]
 
 def like(maps: Float[Tensor, "b d h w"], width: int | None = None) -> Strip:
     """An empty strip, with `width` channels; nothing is 0 in it yet."""
-    b, d, h, w = maps.shape
-    return view(maps.new_empty(b, h * (w + 1) + 1, width or d), h, w)
+    _, d, h, w = maps.shape
+    return empty(maps, width or d, h, w)
+
+
+def empty(maps: Float[Tensor, "b d0 h0 w0"], d: int, h: int, w: int) -> Strip:
+    """An empty strip of that size, otherwise like maps."""
+    return view(maps.new_empty(len(maps), h * (w + 1) + 1, d), h, w)
 
 
 def filled(maps: Float[Tensor, "b d h w"], width: int) -> Strip:
@@ -37,6 +42,13 @@ def whole(strip: Strip) -> Float[Tensor, "b n d"]:
     b, d, h, w = strip.shape
     n = h * (w + 1) + 1
     return strip.as_strided((b, n, d), (n * d, d, 1), strip.storage_offset() - d)
+
+
+def bordered(strip: Strip) -> Strip:
+    """The strip itself, with 0 in all that is no pixel."""
+    positions = whole(strip)
+    positions[:, :: strip.shape[3] + 1] = 0
+    return strip
 
 
 def is_strip(maps: Float[Tensor, "b d h w"]) -> bool:

@@ -56,7 +56,7 @@ def pixels_alone(strip):
 
 def check_strips(sizes, dtype=torch.float32, device="cpu"):
     """Norms of strips and convolutions with all that these add, against torch in float64."""
-    from sandbox_plugins.autoencoders.convolving import convolved, entered
+    from sandbox_plugins.autoencoders.convolving import convolved, convolved_doubled, entered
     from sandbox_plugins.autoencoders.leaving import left
     from sandbox_plugins.autoencoders.norms import Sum, added, normed
 
@@ -104,6 +104,20 @@ def check_strips(sizes, dtype=torch.float32, device="cpu"):
                 assert same is total and strips.is_strip(found) == strip
                 close(found, of(following, sums))
             close(added(total, pad=True), F.pad(sums, (0, 1, 0, 1)))
+            for terms in (total, Sum(sums.to(dtype).contiguous(**TOGETHER))):
+                strip = added(terms, strip=True)
+                assert torch.equal(strips.whole(strip), strips.whole(strips.filled(strip, e)))
+                close(strip, sums)
+        wanted = F.interpolate(sums, scale_factor=2, mode="nearest")
+        up = conv3(e, e).to(**like, **TOGETHER).requires_grad_(False)
+        wanted = F.conv2d(wanted, up.weight.double(), up.bias.double(), padding=1)
+        total = convolved_doubled(strip, double(up.weight), up.bias)
+        assert strips.is_strip(total.first)
+        close(total.first, wanted)
+        same, found = normed(total, following, silu=False, strip=True)
+        assert same is total
+        close(found, of(following, total.first.double()))
+        total, sums = Sum(strip), strip.double()
         last = conv3(e, 3).to(**like, **TOGETHER).requires_grad_(False)
         found = left(total, following, last)
         assert found.is_contiguous() and found.dtype == dtype
@@ -148,7 +162,7 @@ from sandbox_plugins.autoencoders import convolving, leaving, norms
 from test_strips import *
 
 torch.manual_seed(0)
-convolving.TILE, convolving.SMALL_TILE, leaving.TILE, leaving.GATHERED = 32, 16, 32, 64
+convolving.TILE, convolving.MANY, leaving.TILE, leaving.GATHERED = 32, 0, 32, 64
 with pytest.MonkeyPatch.context() as monkeypatch:
     {check}
 print("agreed")
