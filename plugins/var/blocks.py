@@ -200,9 +200,11 @@ class SelfAttention(nn.Module):
         self, x: Float[Tensor, "b n d"], bias: Float[Tensor, " three_d"] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each `b heads n e`; `bias` if it was put together before."""
+        weight = self.mat_qkv.weight
+        if self.qk_norm and operators.suits(x, weight, self.num_heads):
+            bias = self.bias() if bias is None else bias
+            return operators.part(F.linear(x, weight), bias, self.scale_mul_1H11)
         qkv = self.product(x, bias)
-        if self.qk_norm and operators.suits(qkv, self.num_heads):
-            return operators.part(qkv, self.scale_mul_1H11)
         q, k, v = rearrange(
             qkv, "b n (qkv heads e) -> qkv b heads n e", qkv=3, heads=self.num_heads
         )

@@ -2,6 +2,7 @@
 
 The one idea to hold: the gradient of x / |x| needs x / |x| and |x| alone. Attention keeps the first
 for its own gradients, so all that is kept besides is one norm a token and head: not the product.
+And the product's bias is added here, since its gradient is a sum of what then passes by.
 """
 
 from functools import cache
@@ -26,12 +27,10 @@ def half(x: Float[Tensor, "b n d"], weight: Float[Tensor, "f d"]) -> torch.dtype
     return dtype if dtype in HALVES else None
 
 
-def suits(qkv: Float[Tensor, "b n three_d"], heads: int) -> bool:
-    """Whether `part` is for this product: 16 bits on a GPU, from which gradients are wanted."""
-    if not (qkv.is_cuda and qkv.requires_grad and qkv.dtype in HALVES):
-        return False
-    e = qkv.shape[-1] // (3 * heads)
-    return e <= 256 and not e & (e - 1) and _runs(qkv.device, qkv.dtype, heads, e)
+def suits(x: Float[Tensor, "b n d"], weight: Float[Tensor, "three_d d"], heads: int) -> bool:
+    """Whether `part` is for their product: of 16 bits, on a GPU, with gradients to come."""
+    dtype, e = half(x, weight), len(weight) // (3 * heads)
+    return dtype is not None and e <= 256 and not e & (e - 1) and _runs(x.device, dtype, heads, e)
 
 
 @torch.compiler.assume_constant_result  # compiled code asks while it is made
@@ -47,8 +46,9 @@ def _kernels(device: torch.device, dtype: torch.dtype, heads: int, e: int) -> Mo
         from . import training_kernel as kernels
 
         scale = torch.zeros(1, heads, 1, 1, device=device)
-        qkv = torch.ones(1, 1, 3 * heads * e, dtype=dtype, device=device)
-        q, k, v, norms = kernels.part(qkv, scale)
+        product = torch.ones(1, 1, 3 * heads * e, dtype=dtype, device=device)
+        bias = torch.zeros(3 * heads * e, device=device)
+        q, k, v, norms = kernels.part(product, bias, scale)
         kernels.gather(q, k, v, q, k, norms, scale)
         return kernels
 
@@ -56,40 +56,45 @@ def _kernels(device: torch.device, dtype: torch.dtype, heads: int, e: int) -> Mo
 
 
 def part(
-    qkv: Float[Tensor, "b n three_d"], log_scale: Float[Tensor, "1 heads 1 1"]
+    product: Float[Tensor, "b n three_d"],
+    bias: Float[Tensor, " three_d"],
+    log_scale: Float[Tensor, "1 heads 1 1"],
 ) -> tuple[Heads, Heads, Heads]:
-    """Queries, keys and values, as `SelfAttention.project` makes them with `qk_norm`.
+    """Queries, keys and values of `product + bias`, as `SelfAttention.project` makes them with
+    `qk_norm`; the sum is made in float32.
 
     In memory a token's heads lie side by side, as attention's output then does, too. The gradient
     takes the directions of queries and keys from what is returned, so from rounded numbers: its
     error is that of a gradient which was itself rounded to their type once more. It has no
     gradient of its own.
     """
-    q, k, v, _ = _part(qkv, log_scale)
+    q, k, v, _ = _part(product, bias, log_scale)
     return q, k, v
 
 
 @torch.library.custom_op("var_sandbox::part", mutates_args=())
-def _part(qkv: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _part(
+    product: Tensor, bias: Tensor, log_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, values, and the norms `2 b n heads` of the first two, float32."""
     from . import training_kernel
 
-    return training_kernel.part(qkv, log_scale)
+    return training_kernel.part(product, bias, log_scale)
 
 
 @_part.register_fake
-def _(qkv: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, n, three_d), heads = qkv.shape, log_scale.shape[1]
+def _(product: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, n, three_d), heads = product.shape, log_scale.shape[1]
     e = three_d // (3 * heads)
-    q, k, v = (qkv.new_empty(b, n, heads, e).transpose(1, 2) for _ in range(3))
-    return q, k, v, qkv.new_empty(2, b, n, heads, dtype=torch.float32)
+    q, k, v = (product.new_empty(b, n, heads, e).transpose(1, 2) for _ in range(3))
+    return q, k, v, product.new_empty(2, b, n, heads, dtype=torch.float32)
 
 
 @torch.library.custom_op("var_sandbox::gather", mutates_args=())
 def _gather(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, norms: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradients of `_part`'s product and log scales, from those of what it made."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `_part`'s arguments, the bias' in float32, from those of what it made."""
     from . import training_kernel
 
     return training_kernel.gather(dq, dk, dv, q, k, norms, log_scale)
@@ -98,19 +103,23 @@ def _gather(
 @_gather.register_fake
 def _(
     dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor, k: Tensor, norms: Tensor, log_scale: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     b, heads, n, e = q.shape
-    return q.new_empty(b, n, 3 * heads * e), torch.empty_like(log_scale)
+    three_d = 3 * heads * e
+    return q.new_empty(b, n, three_d), norms.new_empty(three_d), torch.empty_like(log_scale)
 
 
 def _keep(ctx, inputs, output) -> None:
     q, k, _, norms = output
     ctx.mark_non_differentiable(norms)
-    ctx.save_for_backward(q, k, norms, inputs[1])
+    _, bias, log_scale = inputs
+    ctx.save_for_backward(q, k, norms, log_scale)
+    ctx.bias_dtype = bias.dtype
 
 
 def _backward(ctx, dq, dk, dv, _):
-    return _gather(dq, dk, dv, *ctx.saved_tensors)
+    dproduct, dbias, dlog_scale = _gather(dq, dk, dv, *ctx.saved_tensors)
+    return dproduct, dbias.to(ctx.bias_dtype), dlog_scale
 
 
 _part.register_autograd(_backward, setup_context=_keep)

@@ -32,7 +32,7 @@ def parted(attn, qkv):
     """What `project` makes of this product."""
     attn.product = lambda x, bias=None: qkv
     try:
-        return attn.project(None)
+        return attn.project(qkv)
     finally:
         del attn.product
 

@@ -3,12 +3,14 @@
 Where there is no GPU, Triton's interpreter checks the arithmetic on a few tokens, in float32.
 """
 
+import math
 import sys
 
 import pytest
 import torch
 from processes import python
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sandbox import Mask
@@ -74,7 +76,6 @@ def assert_projects(heads, e, b, n, tolerance, device="cpu", dtype=None):
     for one, other in zip(made, plain, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         assert one.transpose(1, 2).is_contiguous() and lost(one, other) < tolerance
-    assert torch.equal(made[2], plain[2])
     names = {"x", "mat_qkv.weight", "q_bias", "v_bias", "scale_mul_1H11"}
     assert gradients.keys() == expected.keys() == names
     for name in names:
@@ -91,6 +92,40 @@ def assert_projects(heads, e, b, n, tolerance, device="cpu", dtype=None):
     capped = attn.scale_mul_1H11 > 4.7
     assert not gradients["scale_mul_1H11"][capped].any()
     assert heads == 1 or capped.any()
+
+
+def parted(product, bias, log_scale):
+    """What `operators.part` makes, by torch."""
+    qkv = (product + bias).unflatten(-1, (3, log_scale.shape[1], -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return (
+        F.normalize(q, dim=-1) * log_scale.clamp_max(math.log(100)).exp(),
+        F.normalize(k, dim=-1),
+        v,
+    )
+
+
+def assert_parts(heads, e, b, n, tolerance, dtype, device="cpu"):
+    """All that is made, and all gradients, against float64; sums over tokens by their terms."""
+    rng = torch.Generator().manual_seed(n)
+    product = torch.randn(b, n, 3 * heads * e, generator=rng).to(device, dtype)
+    bias = torch.randn(3 * heads * e, generator=rng).to(device)
+    log_scale = torch.linspace(-1, 6, heads, device=device).view(1, -1, 1, 1)
+    ours = [x.requires_grad_() for x in (product, bias, log_scale)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    made, expected = operators.part(*ours), parted(*exact)
+    weights = [torch.randn(m.shape, generator=rng).to(m) for m in made]
+    torch.autograd.backward(made, weights)
+    torch.autograd.backward(expected, [w.double() for w in weights])
+    for one, other in zip([*made, product.grad], [*expected, exact[0].grad], strict=True):
+        assert one.dtype == dtype and lost(one, other) < tolerance
+    assert bias.grad.dtype == log_scale.grad.dtype == torch.float32
+    terms = exact[0].grad.square().sum((0, 1)).view(3, -1)
+    for third in range(3):
+        change = (bias.grad - exact[1].grad).view(3, -1)[third]
+        assert change.norm() < tolerance * terms[third].sum().sqrt(), third
+    size = log_scale.detach().clamp_max(math.log(100)).exp() * (b * n) ** 0.5
+    assert ((log_scale.grad - exact[2].grad).abs() < 3 * tolerance * size).all()
 
 
 def block_of(width=64, heads=2, device="cpu", mlp_width=64):
@@ -159,10 +194,11 @@ def saved(kernels):
 
 def assert_sound(device, dtype):
     """What `torch.library` asks of operators: true shapes, nothing changed, gradients traceable."""
-    qkv = torch.randn(2, 3, 3 * 2 * 16, device=device, dtype=dtype).requires_grad_()
+    product = torch.randn(2, 3, 3 * 2 * 16, device=device, dtype=dtype).requires_grad_()
+    bias = torch.randn(3 * 2 * 16, device=device, dtype=dtype).requires_grad_()
     scale = torch.tensor([-1.0, 2.0], device=device).view(1, 2, 1, 1).requires_grad_()
-    torch.library.opcheck(operators._part, (qkv, scale))
-    q, k, v, norms = operators._part(qkv.detach(), scale.detach())
+    torch.library.opcheck(operators._part, (product, bias, scale))
+    q, k, v, norms = operators._part(*(x.detach() for x in (product, bias, scale)))
     rows = (torch.randn_like(q), k.contiguous(), v.expand_as(v), q, k, norms, scale.detach())
     torch.library.opcheck(operators._gather, rows)
 
@@ -173,13 +209,18 @@ import sys
 import pytest
 import torch
 from test_var_training_kernel import (
-    EXACT, assert_projects, assert_sound, assert_trains, operators, saved
+    EXACT, assert_parts, assert_projects, assert_sound, assert_trains, operators, saved
 )
 
 assert "sandbox_plugins.var.training_kernel" not in sys.modules  # nor, by it, triton
 for heads, e, b, n in [(1, 8, 2, 3), (2, 32, 2, 5), (5, 128, 1, 2), (9, 64, 2, 1), (3, 256, 1, 1)]:
     assert_projects(heads, e, b, n, EXACT)
 assert_projects(2, 16, 2, 3, 2 * 2**-8, dtype=torch.bfloat16)
+kernels = sys.modules["sandbox_plugins.var.training_kernel"]
+for kernels.PROGRAMS in (1, 6, 528):
+    for heads, e, b, n in [(1, 8, 1, 1), (3, 32, 2, 5), (6, 256, 1, 4), (30, 64, 1, 7)]:
+        assert_parts(heads, e, b, n, EXACT, torch.float32)
+    assert_parts(3, 32, 2, 5, 2 * 2**-11, torch.float16)
 assert_trains(EXACT)
 assert_sound("cpu", torch.float32)
 
@@ -192,8 +233,8 @@ assert sum(ours) < sum(plain) - 1.8 * x
 lengths = torch.tensor([0, 1e-20, 1e-13, 1e-6, 1, 1e4]).view(1, 6, 1)
 vectors = lengths * torch.nn.functional.normalize(torch.randn(1, 6, 3 * 16), dim=-1)
 scale = torch.zeros(1, 1, 1, 1)
-leaf = vectors.clone().requires_grad_()
-q, k, v = operators.part(leaf, scale)
+leaf, none = vectors.clone().requires_grad_(), torch.zeros(3 * 16)
+q, k, v = operators.part(leaf, none, scale)
 weights = [torch.randn_like(each) for each in (q, k, v)]
 torch.autograd.backward([q, k, v], weights)
 plain = vectors.clone().requires_grad_()
@@ -208,11 +249,11 @@ for one, other in zip(leaf.grad[0], plain.grad[0]):
 
 # Of one alone: the others' gradients are zeros, and not asked for is not given.
 leaf.grad = None
-operators.part(leaf, scale)[1].sum().backward()
+operators.part(leaf, none, scale)[1].sum().backward()
 assert scale.grad is None and not leaf.grad[..., :16].any() and not leaf.grad[..., 32:].any()
 assert leaf.grad[..., 16:32].any()
 with pytest.raises(ValueError, match="not 1 heads of a power of two"):
-    operators.part(torch.zeros(1, 1, 36), scale)
+    operators.part(torch.zeros(1, 1, 36), torch.zeros(36), scale)
 print("agreed")
 """
 
@@ -241,18 +282,24 @@ def test_without_triton_torch_does_it(monkeypatch):
 
 def test_on_a_cpu_nothing_is_tried(monkeypatch):
     monkeypatch.setattr(operators, "_runs", None)
-    assert not operators.suits(torch.zeros(1, 1, 96, dtype=torch.bfloat16, requires_grad=True), 2)
+    x = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+    assert not operators.suits(x, torch.zeros(96, 32, dtype=x.dtype, requires_grad=True), 2)
 
 
 @pytest.mark.gpu
 def test_a_gpu_has_them_for_what_they_can_do():
-    qkv = torch.zeros(1, 2, 3 * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    assert operators.suits(qkv, 2) and operators.suits(qkv.half(), 2)
-    wide = torch.zeros(1, 1, 3 * 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    odd = torch.zeros(1, 1, 3 * 24, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    assert operators.suits(wide, 2)
-    for other, heads in [(qkv.detach(), 2), (qkv.float(), 2), (qkv.cpu(), 2), (wide, 1), (odd, 1)]:
-        assert not operators.suits(other, heads)
+    def suits(width, heads, dtype=torch.bfloat16, device="cuda", learned=True):
+        x = torch.zeros(1, 2, width, device=device, dtype=dtype)
+        weight = torch.zeros(3 * width, width, device=device, dtype=dtype, requires_grad=learned)
+        return operators.suits(x, weight, heads)
+
+    assert suits(64, 2) and suits(64, 2, torch.float16) and suits(512, 2)
+    assert not suits(64, 2, torch.float32) and not suits(64, 2, device="cpu")
+    assert not suits(64, 2, learned=False) and not suits(512, 1) and not suits(24, 1)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert suits(64, 2, torch.float32)
+    with torch.no_grad():
+        assert not suits(64, 2)
 
 
 @pytest.mark.gpu
@@ -264,6 +311,14 @@ def test_a_gpu_projects_with_the_gradients_of_the_plain_path(dtype, heads, e):
     roundings, of which the norm of many is well below the largest."""
     for b, n in [(2, 1), (3, 13), (2, 680)]:
         assert_projects(heads, e, b, n, 2 * HALF[dtype], "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("heads", "e"), [(1, 8), (3, 32), (16, 64), (30, 64), (5, 128), (6, 256)])
+def test_a_gpu_sums_the_gradients_of_bias_and_scale(dtype, heads, e):
+    for b, n in [(1, 1), (3, 13), (2, 680)]:
+        assert_parts(heads, e, b, n, 2 * HALF[dtype], dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -288,8 +343,8 @@ def test_their_gradients_are_the_same_every_time():
     _, once = projected(attn, x, True, torch.bfloat16)
     once = {name: gradient.clone() for name, gradient in once.items()}
     _, again = projected(attn, x, True, torch.bfloat16)
-    assert torch.equal(once["scale_mul_1H11"], again["scale_mul_1H11"])
-    assert torch.equal(once["x"], again["x"])
+    for name in ("x", "q_bias", "v_bias", "scale_mul_1H11"):
+        assert torch.equal(once[name], again[name])
 
 
 @pytest.mark.gpu
