@@ -74,6 +74,7 @@ def convolved(
             plan.positions,
             plan.row,
             *plan.constants,
+            **sandbox.overlapping(maps.device),
             **HOW,
         )
     return Sum(out, moments=Moments(moments, plan.tile, plan.positions, plan.row))
@@ -100,6 +101,7 @@ def convolved_doubled(
             plan.row,
             out.stride(0),
             *plan.constants,
+            **sandbox.overlapping(maps.device),
             **HOW,
         )
     return Sum(out, moments=Moments(moments, plan.tile, plan.positions, plan.row, repeats=4))

@@ -31,8 +31,12 @@ def convolve(
     BLOCK: tl.constexpr,  # noqa: N803
     FIRST: tl.constexpr,  # noqa: N803
     REST: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """A tile of positions of one image, and as many channels as a program takes."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     across: tl.constexpr = E // (FIRST + REST)
     tile, image = tl.program_id(0) // across, tl.program_id(1)
     begin, channel = tile * TILE, tl.program_id(0) % across * (FIRST + REST)
@@ -76,8 +80,12 @@ def convolve_doubled(
     BLOCK: tl.constexpr,  # noqa: N803
     FIRST: tl.constexpr,  # noqa: N803
     REST: tl.constexpr,  # noqa: N803
+    OVERLAPS: tl.constexpr,  # noqa: N803
 ):
     """The same, of one parity of the doubled map's rows and columns: 2 x 2 pixels around each."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     across: tl.constexpr = E // (FIRST + REST)
     parity, image = tl.program_id(0) // across % 4, tl.program_id(1)
     tile, tiles = tl.program_id(0) // (4 * across), tl.num_programs(0) // (4 * across)

@@ -164,6 +164,7 @@ def _sum_up(
 def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, "b 2 d"]:
     b, parts, _, d = moments.values.shape
     scales, channels = moments.values.new_empty(b, 2, d), d // norm.num_groups
+    block, width = triton.next_power_of_2(parts), triton.next_power_of_2(channels)
     with torch.cuda.device_of(scales):
         kernels.finish[(norm.num_groups, b)](
             moments.values,
@@ -178,11 +179,11 @@ def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, 
             d,
             channels,
             parts,
-            triton.next_power_of_2(parts),
-            triton.next_power_of_2(channels),
+            block,
+            width,
             moments.repeats,
             **sandbox.overlapping(scales.device),
-            num_warps=1 if parts <= SHARES else 4,
+            num_warps=max(1, min(8, block * width // 1024)),
         )
     return scales
 
