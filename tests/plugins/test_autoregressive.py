@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sandbox import Layout, Part, SandboxError, Subject, Tokens
-from sandbox_plugins import autoregressive
 from sandbox_plugins.attention import SdpaAttention
-from sandbox_plugins.autoregressive import Autoregressive, keep_cells
+from sandbox_plugins.autoregressive import Autoregressive
+from sandbox_plugins.autoregressive import generator as autoregressive
+from sandbox_plugins.autoregressive.generator import keep_cells
 from sandbox_plugins.objectives import CrossEntropy
 from sandbox_plugins.samplers import Greedy, TopKTopP
 from sandbox_plugins.var.model import VAR

@@ -339,7 +339,7 @@ def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, s
     guard = NoWaiting()
     if not small:
         monkeypatch.setattr("sandbox_plugins.tasks.cache._RESIDENT_BYTES", 0)
-        monkeypatch.setattr("sandbox_plugins.autoregressive.MAX_LOGITS", 4 * 85 * 64)
+        monkeypatch.setattr("sandbox_plugins.autoregressive.generator.MAX_LOGITS", 4 * 85 * 64)
 
     def observers(parts):
         manager = pluggy.PluginManager("sandbox")

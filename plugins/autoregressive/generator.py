@@ -24,11 +24,6 @@ MAX_LOGITS = 2**25
 """How many logits of a training batch are held at once: 128 MiB of them (of one image, if more)."""
 
 
-@sandbox.hookimpl
-def sandbox_register(register: Any) -> None:
-    register(sandbox.Generator, "autoregressive", Autoregressive)
-
-
 class Autoregressive:
     """Predicts ids; images come from the tokenizer, which is not trained here."""
 
