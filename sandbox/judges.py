@@ -13,7 +13,7 @@ from sandbox.values import Losses
 class Objective(Protocol):
     """How wrong predicted logits are, each image by itself. Built as `Class(params)`.
 
-    It may be called with a few images of a batch at a time, and again for their gradients.
+    It may be called with a few images of a batch at a time.
     """
 
     def losses(

@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import sandbox
 from sandbox import Keep, Layout, Losses, Part, Subject, Tokens, Watch
+
+from .scoring import Scores, scores
 
 MAX_LOGITS = 2**25
 """How many logits of a training batch are held at once: 128 MiB of them (of one image, if more)."""
@@ -102,8 +103,7 @@ class Autoregressive:
         with torch.no_grad():
             seen, ids = self._lesson(prepared)
             contexts = self.tokenizer.contexts(seen)
-        losses, right = self._judged(contexts, labels, ids)
-        total = losses.mean()
+        total, losses, right = self._judged(contexts, labels, ids)
         with torch.no_grad():
             parts = {"loss": total.detach(), "accuracy": right.float().mean()}
             if self.layout.num_levels > 1:
@@ -128,29 +128,25 @@ class Autoregressive:
 
     def _judged(
         self, contexts: Float[Tensor, "b l c"], labels: Int[Tensor, " b"], ids: Int[Tensor, "b l"]
-    ) -> tuple[Float[Tensor, "b l"], Bool[Tensor, "b l"]]:
+    ) -> Scores:
         """The loss of every token, and whether its id was thought the likeliest.
 
         Of a backbone in two halves the logits, the largest tensor there is, are made of a few
-        images at a time, and again for their gradients (a few operations in a thousand).
+        images at a time, once, with their gradients.
         """
         network: Any = self.network
         if not (hasattr(network, "features") and hasattr(network, "logits")):
             logits = (network if network.training else network.forward)(contexts, labels)
-            return self._right(logits, ids)
-        ways = [self._score if network.training else self._scored, self._scored]
+            losses, right = self._right(logits, ids)
+            return Scores(losses.mean(), losses, right)
         size = images_at_once(len(ids), MAX_LOGITS // (ids.shape[1] * self.tokenizer.vocab_size))
-        if size < len(ids):
-            ways = [
-                partial(checkpoint, way, use_reentrant=False, preserve_rng_state=False)
-                for way in ways
-            ]
-        whole, rest = ways  # a smaller piece at the end is not worth compiling for
-        features = network.features(contexts, labels)
-        pieces = zip(*(x.split(size) for x in (ids, *features)), strict=True)
-        scored = [(whole if len(piece[0]) == size else rest)(*piece) for piece in pieces]
-        losses, right = zip(*scored, strict=True)
-        return torch.cat(losses), torch.cat(right)
+
+        def score(ids: Tensor, *features: Tensor) -> tuple[Tensor, Tensor]:
+            # A smaller piece at the end is not worth compiling for.
+            compiled = network.training and len(ids) == size
+            return (self._score if compiled else self._scored)(ids, *features)
+
+        return scores(score, size, ids, network.features(contexts, labels))
 
     def _scored(
         self, ids: Int[Tensor, "b l"], *features: Tensor

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from sandbox import Layout, Part, SandboxError, Subject, Tokens
 from sandbox_plugins.attention import SdpaAttention
@@ -149,12 +150,22 @@ def test_the_loss_is_the_mean_over_tokens_and_its_parts_add_up(layout, seed):
     assert not any(value.requires_grad for value in losses.parts.values())
 
 
-def gradients(generator, ids, labels):
-    """The losses with the gradient of each parameter, in training mode."""
+def gradients(generator, ids, labels, half=False, shares=(1.0,)):
+    """The last losses with the gradient of each parameter, in training mode, after one backward
+    pass a share of the loss; `half` computes in bfloat16, as the loop does."""
     generator.network.train().zero_grad()
-    losses = generator.loss(ids, labels)
-    losses.total.backward()
+    for share in shares:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = generator.loss(ids, labels)
+        (losses.total * share).backward()
     return losses, {name: p.grad.clone() for name, p in generator.network.named_parameters()}
+
+
+def agree(ours, exact, half):
+    for name, gradient in exact.items():
+        rtol, atol = (2e-2, 2e-2) if half else (1e-5, 1e-6)
+        atol *= float(gradient.abs().max())
+        torch.testing.assert_close(ours[name], gradient, rtol=rtol, atol=atol)
 
 
 objectives = st.sampled_from(
@@ -169,43 +180,69 @@ objectives = st.sampled_from(
     images=st.integers(1, 4),
     settings=objectives,
     half=st.booleans(),
+    shares=st.sampled_from([(1.0,), (0.3, 0.7), (65536.0,)]),
 )
 def test_logits_made_a_few_images_at_a_time_give_the_same_losses_and_gradients(
-    layout, seed, b, images, settings, half
+    layout, seed, b, images, settings, half, shares
 ):
     plain = {"label_dropout": 0.0, "drop_path": 0.0}
     generator = awake(build(layout, objective=part(CrossEntropy, **settings), **plain))
     ids = generator.prepare(images_for(generator, seed, b))
     labels, held = torch.arange(b) % 4, []
-    score = generator._scored
-    generator._score = lambda ids, *features: held.append(len(ids)) or score(ids, *features)
-    generator._scored = generator._score  # what is left over at the end
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        whole, exact = gradients(generator, ids, labels)
-        assert held == [b]
+    logits = generator.network.logits
+    generator.network.logits = lambda *features: held.append(len(features[0])) or logits(*features)
+    whole, exact = gradients(generator, ids, labels, half, shares)
+    assert held == [b] * len(shares)
+    held.clear()
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoregressive, "MAX_LOGITS", images * layout.seq_len * 13)
-        pieces, ours = gradients(generator, ids, labels)
-    assert max(held[1:]) <= images and (images >= b or sum(held[1:]) == 2 * b)  # and once again
+        pieces, ours = gradients(generator, ids, labels, half, shares)
+    assert max(held) <= images and sum(held) == b * len(shares)  # each once
     torch.testing.assert_close(dict(pieces.parts), dict(whole.parts))
-    for name, gradient in exact.items():
-        tolerance = {"rtol": 2e-2, "atol": 2e-2 * float(gradient.abs().max())} if half else {}
-        torch.testing.assert_close(ours[name], gradient, **tolerance)
+    torch.testing.assert_close(pieces.total, whole.total)
+    agree(ours, exact, half)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler itself looks
-def test_what_is_compiled_learns_the_same_a_few_images_at_a_time(monkeypatch):
+@pytest.mark.parametrize(("images", "half"), [(1, False), (2, True)])
+def test_what_is_compiled_learns_the_same_a_few_images_at_a_time(monkeypatch, images, half):
     generator = awake(build(Layout.pyramid(1, 2, 3), label_dropout=0.0, drop_path=0.0))
     ids = generator.prepare(images_for(generator, 0))
-    whole, exact = gradients(generator, ids, LABELS)
-    monkeypatch.setattr(autoregressive, "MAX_LOGITS", 14 * 13)
+    whole, exact = gradients(generator, ids, LABELS, half)
+    monkeypatch.setattr(autoregressive, "MAX_LOGITS", images * 14 * 13)
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)
     )
     generator.network.compile = lambda: None  # blocks are compiled alone, and tested so
     generator.compile()
-    pieces, ours = gradients(generator, ids, LABELS)
+    pieces, ours = gradients(generator, ids, LABELS, half)
     torch.testing.assert_close(dict(pieces.parts), dict(whole.parts))
-    torch.testing.assert_close(ours, exact)
+    agree(ours, exact, half)
+
+
+def test_what_is_measured_a_few_images_at_a_time_makes_no_gradients(monkeypatch):
+    generator = awake(build(Layout.pyramid(1, 2)))
+    generator.network.eval()
+    ids = generator.prepare(images_for(generator, 0))
+    with torch.no_grad():
+        whole = generator.loss(ids, LABELS)
+        monkeypatch.setattr(autoregressive, "MAX_LOGITS", 1)
+        monkeypatch.setattr(torch.autograd, "grad", None)
+        pieces = generator.loss(ids, LABELS)
+    assert not pieces.total.requires_grad
+    torch.testing.assert_close(dict(pieces.parts), dict(whole.parts))
+
+
+def test_the_work_of_a_loss_is_counted_and_the_same_a_few_images_at_a_time(monkeypatch):
+    generator = build(Layout.pyramid(1, 2, 3))
+    ids = generator.prepare(images_for(generator, 0))
+    flops = []
+    for most in (2**25, 2 * 14 * 13):
+        monkeypatch.setattr(autoregressive, "MAX_LOGITS", most)
+        with FlopCounterMode(display=False) as counter:
+            gradients(generator, ids, LABELS)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ HOW = {
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",
     "training": "ids of one noise image, AdamW, gradients clipped; FLOPs are those of the "
-    "uncompiled step, what it computes twice (logits, blocks with `recompute`) counted twice",
+    "uncompiled step, what it computes twice (blocks with `recompute`) counted twice",
     "compiled": "built by torch.compile for that batch size, as for long trainings and large "
     "caches; encoder and decoder in channels-last order too",
     "ids_changed": "the share of ids that are not those of an exact float32 encoder, of 1/f noise; "
