@@ -4,9 +4,10 @@ The trial runs the real step once to warm up and once on the clock, counts its f
 operations and what autograd keeps, and then puts weights, gradients and random streams back.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from time import perf_counter
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +79,11 @@ def _trial(
     """Seconds, FLOPs and bytes kept for the backward pass of one step."""
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     own = {id(p) for p in network.parameters()}
-    training, kept = network.training, {}
+    training, packed = network.training, list[ref[Tensor]]()
 
     def pack(tensor: Tensor) -> Tensor:
         if id(tensor) not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            packed.append(ref(tensor))
         return tensor
 
     with _own_randomness(device):
@@ -90,6 +91,7 @@ def _trial(
         with FlopCounterMode(display=False) as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 value = loss()
+            kept = _bytes_of(packed)
             value.backward()
         network.zero_grad(set_to_none=True)
         began = _now(device)
@@ -98,7 +100,13 @@ def _trial(
     network.zero_grad(set_to_none=True)
     network.load_state_dict(before)
     network.train(training)
-    return seconds, float(counter.get_total_flops()), float(sum(kept.values()))
+    return seconds, float(counter.get_total_flops()), float(kept)
+
+
+def _bytes_of(tensors: Iterable[ref[Tensor]]) -> int:
+    """Of those that are still there, and of what several share once."""
+    storages = [x.untyped_storage() for tensor in tensors if (x := tensor()) is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def _own_randomness(device: torch.device) -> AbstractContextManager[None]:
