@@ -109,7 +109,7 @@ def assert_learns(norms, tolerance, device="cpu", compiler="aot_eager", cast=Non
         return checkpoint(whole, *args, use_reentrant=False)
 
     settings = [(call, ()) for call in (block, again, whole, whole_again)]
-    settings += [(call, (name,)) for call in (block, whole) for name in ("x", "modulation")]
+    settings += [(block, ("x",)), (whole, ("modulation",))]
     for call, frozen in settings:
         expected = learned(block, None, block, cast, frozen, n)
         found = learned(block, norms, call, cast, frozen, n)
@@ -170,10 +170,10 @@ assert "sandbox_plugins.var.between_kernels" not in sys.modules  # nor, by it, t
 from sandbox_plugins.var import between_kernels as kernels, operators
 
 kernels.PROGRAMS, kernels.COLUMNS = 6, 32
-for dtype, x_dtype in [(torch.float32,) * 2, (torch.float16,) * 2, (torch.float16, torch.float32)]:
-    for b, n, d in [(1, 1, 8), (2, 7, 40), (7, 2, 32)]:
-        assert_joined(kernels, dtype, b, n, d, x_dtype)
-assert_joined(kernels, torch.float32, 1, 2, 1100)
+for b, n, d in [(1, 1, 8), (2, 7, 40), (7, 2, 32), (1, 2, 1100)]:
+    assert_joined(kernels, torch.float32, b, n, d)
+for x_dtype in (torch.float16, torch.float32):
+    assert_joined(kernels, torch.float16, 2, 3, 40, x_dtype)
 assert_learns(torch.float32, EXACT)
 assert_network_learns(EXACT)
 assert_network_learns(EXACT, shared_adaln=True, recompute=True)
