@@ -9,14 +9,17 @@ decoder. Theory (arXiv 2404.02905, appendix D) counts attention alone: n^4 for n
 raster without a cache. Linear layers are two powers less, and lead until a token sees about six
 times as many tokens as the model is wide; so the share of either in the FLOPs stands beside every
 time. Keeps `growth.json`, row by row, and `growth.png`, and prints a table and the exponents:
-slopes of a straight line through log(value) over log(n), and of its last piece.
+slopes of a straight line through log(value) over log(n), and of its last piece. With `--resume`
+what stands in `growth.json` of the same network on such a device is not measured again.
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,12 +136,18 @@ def measured(way: str, cells: int, options: argparse.Namespace, clock: Clock) ->
     return found | ({"bytes": max(0, peak_bytes(clock.device) - before)} if known else {})
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One a way and resolution."""
+def rows(
+    options: argparse.Namespace, known: Sequence[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """One a way and resolution: a known one, or measured."""
     clock = Clock(torch.device(options.device))
+    kept = {(row["way"], row["resolution_px"]): row for row in known if "seconds" in row}
     half = options.precision != "float32"
     for way in options.ways:
         for resolution in options.resolutions:
+            if (way, resolution) in kept:
+                yield kept[way, resolution]
+                continue
             cells = resolution // CELL_PX
             work = work_of(way, layout_of(way, cells))
             flops = work.flops(options.width, options.depth)
@@ -157,6 +166,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "tokens": work.tokens,
                 "flops": total,
                 "attention_share": flops["attention"] / sum(flops.values()),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 **found,
             }
 
@@ -245,6 +255,21 @@ def plot(path: Path, found: Sequence[dict[str, Any]], ways: dict[str, Any], titl
     figure.savefig(path, format="png", dpi=120)
 
 
+def known_rows(path: Path, kept: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was measured before; raises SystemExit where that was something else."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    settings = "width", "depth", "batch_size", "precision"
+    same = all(before["settings"][key] == kept["settings"][key] for key in settings)
+    if not same or any(before[key] != kept[key] for key in ("device", "torch")):
+        raise SystemExit(
+            f"{path}: of another network, device or torch: choose another --out, or leave out "
+            "--resume to measure all anew"
+        )
+    return list(before["rows"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -262,6 +287,7 @@ def main() -> None:
         "--uncached-steps", type=int, default=64, help="steps timed of raster without a cache"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/growth"))
+    parser.add_argument("--resume", action="store_true", help="keep what --out already has")
     options = parser.parse_args()
     options.resolutions = sorted(options.resolutions)
     device, found = device_name(torch.device(options.device)), list[dict[str, Any]]()
@@ -269,14 +295,17 @@ def main() -> None:
         "complete": False,
         "device": device,
         "torch": torch.__version__,
-        "settings": {key: value for key, value in vars(options).items() if key != "out"},
+        "settings": {
+            key: value for key, value in vars(options).items() if key not in ("out", "resume")
+        },
         "how_counted": "median seconds of a batch, the network alone; bytes at the peak beyond "
         "what was held before (weights and contexts); raster without a cache: some of its steps, "
         "evenly spaced, times how many there are; FLOPs of the blocks' matrix products",
         "rows": found,
     }
+    known = known_rows(options.out / "growth.json", kept) if options.resume else []
     options.out.mkdir(parents=True, exist_ok=True)
-    for row in rows(options):
+    for row in rows(options, known):
         found.append(row)
         said = row.get("seconds", row["status"])
         print(f"{row['way']}, {row['resolution_px']} px: {said}", flush=True)

@@ -108,3 +108,14 @@ def test_a_run_that_is_stopped_keeps_its_rows(growth, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "growth.json").read_text())
     assert found["complete"] is False and list(found["ways"]) == ["next-scale", "raster"]
     assert [row["way"] for row in found["rows"]] == ["next-scale", "raster"]
+
+    ways = []
+    monkeypatch.setattr(growth, "measured", lambda way, *_: (ways.append(way), {"seconds": 1.0})[1])
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--resume"])
+    growth.main()
+    resumed = json.loads((tmp_path / "growth.json").read_text())
+    assert ways == ["raster, no cache"] and resumed["complete"] is True
+    assert resumed["rows"][:2] == found["rows"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--depth", "2"])
+    with pytest.raises(SystemExit, match="of another network, device or torch"):
+        growth.main()
