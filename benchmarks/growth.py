@@ -132,7 +132,9 @@ def measured(way: str, cells: int, options: argparse.Namespace, clock: Clock) ->
     anew(network, contexts[:, :1], labels)  # libraries take their own memory at the first call
     known = forget_peak(clock.device)
     before = peak_bytes(clock.device) if known else 0
-    found = {"seconds": seconds()}
+    found: dict[str, Any] = {"seconds": seconds(), "repeats": options.repeats}
+    if way == "raster, no cache":
+        found["timed_steps"] = min(options.uncached_steps, layout.seq_len)
     return found | ({"bytes": max(0, peak_bytes(clock.device) - before)} if known else {})
 
 
@@ -270,6 +272,15 @@ def known_rows(path: Path, kept: dict[str, Any]) -> list[dict[str, Any]]:
     return list(before["rows"])
 
 
+def merged(
+    found: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """All rows, one a way and resolution, in that order."""
+    every = {(row["way"], row["resolution_px"]): row for row in [*known, *found]}
+    ways = list(THEORY)
+    return [every[at] for at in sorted(every, key=lambda at: (ways.index(at[0]), at[1]))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -307,14 +318,15 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for row in rows(options, known):
         found.append(row)
+        kept["rows"] = merged(found, known)
         said = row.get("seconds", row["status"])
         print(f"{row['way']}, {row['resolution_px']} px: {said}", flush=True)
         kept["complete"] = len(found) == len(options.ways) * len(options.resolutions)
-        kept["ways"] = ways = summary(found)
+        kept["ways"] = ways = summary(kept["rows"])
         write_json(options.out / "growth.json", kept)
     title = f"width {options.width}, depth {options.depth}, batch {options.batch_size}, {device}"
-    plot(options.out / "growth.png", found, ways, title)
-    print(f"\n{table(found, ways)}\n\n{options.out}/growth.json, growth.png")
+    plot(options.out / "growth.png", kept["rows"], ways, title)
+    print(f"\n{table(kept['rows'], ways)}\n\n{options.out}/growth.json, growth.png")
 
 
 if __name__ == "__main__":

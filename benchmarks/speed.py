@@ -208,19 +208,21 @@ def training(measured: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def drawn_by(measured: Mapping[str, Any], kind: str, mode: str) -> dict[int, Any]:
+    """By batch size, the rows that count."""
+    files = {name: measured[name] for name in of_kind(measured, kind)}
+    sizes = {row["batch_size"] for _, row in timed(files, "generation") if row.get("fast") == mode}
+    rows = {
+        size: found(measured, kind, "generation", {"batch_size": size, "fast": mode})
+        for size in sizes
+    }
+    return {size: that[1] for size, that in rows.items() if that}
+
+
 def ratio(measured: Mapping[str, Any]) -> Iterator[str]:
     """At batch 1, and at the best of several batches that both were measured at, if there are."""
-    kinds = [of_kind(measured, kind) for kind in ("d16", "raster")]
     for mode in ("off", "on"):
-        mine, theirs = (
-            {
-                row["batch_size"]: row
-                for name in reversed(names)  # the latest stays
-                for _, row in timed({name: measured[name]}, "generation")
-                if row.get("fast") == mode
-            }
-            for names in kinds
-        )
+        mine, theirs = (drawn_by(measured, kind, mode) for kind in ("d16", "raster"))
         if 1 not in mine or 1 not in theirs:
             continue
         latency = [1e3 * rows[1]["median_seconds"] for rows in (mine, theirs)]

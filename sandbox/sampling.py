@@ -97,5 +97,7 @@ def _guided_step(backbone: Backbone) -> Callable[..., Float[Tensor, "b n v"]]:
     ) -> Float[Tensor, "b n v"]:
         return guided(backbone.step(state, context, step).float(), weight)
 
-    found: Callable[..., Tensor] = getattr(backbone, "guided_step", by_all)
+    if not hasattr(type(backbone), "guided_step"):  # not one of what it may be wrapped around
+        return by_all
+    found: Callable[..., Tensor] = getattr(backbone, "guided_step")  # noqa: B009
     return found

@@ -63,7 +63,7 @@ def test_interpreted_kernels_do_without(capability, monkeypatch):
 def kernels():
     """Each with its constants, and what its other arguments are that are no whole numbers."""
     from sandbox_plugins.attention import cached_kernel
-    from sandbox_plugins.autoencoders import norm_kernels
+    from sandbox_plugins.autoencoders import convolving_kernels, leaving, norm_kernels
     from sandbox_plugins.var import gating, kernel, painting, reading, skinny_kernels
 
     halves = lambda names: dict.fromkeys(names.split(), "*bf16")  # noqa: E731
@@ -84,6 +84,7 @@ def kernels():
         appended = {**halves("qkv past out"), "log_scale": "*fp32", "cap": "fp32", "scale": "fp32"}
         yield cached_kernel._append, {**seen, "NEW": 16}, appended
     yield from of_norms(norm_kernels, halves)
+    yield from of_strips(convolving_kernels, leaving, halves)
     floats = lambda names: dict.fromkeys(names.split(), "*fp32")  # noqa: E731
     sizes = {"W": 3, "H": 3, "C": 16, "COLUMNS": 16, "WIDTH": 16}
     painted = {**sizes, "ROWS": 16, "TRIPLE": 64, "BLOCK": 16}
@@ -98,13 +99,35 @@ def of_norms(norm_kernels, halves):
     maps, tile = halves("first first_bias second second_bias summed"), {"WIDTH": 32, "ROWS": 16}
     learned = {"weight": "*fp32", "bias": "*fp32", "eps": "fp32"}
     moments = {"moments": "*fp32"}
-    yield norm_kernels.sum_up, {"D": 32, **tile, "PAD": 0}, {**maps, **moments}
-    shares = {"D": 64, "CHANNELS": 2, "SHARES": 4, "BLOCK": 4, "WIDTH": 2}
-    yield norm_kernels.finish, shares, {**moments, "scales": "*fp32", **learned}
+    strips = {"APART": True, "TO_APART": True}
+    yield norm_kernels.sum_up, {"D": 32, **tile, **strips}, {**maps, **moments}
+    parts = {"D": 64, "CHANNELS": 2, "BLOCK": 4, "WIDTH": 2, "REPEATS": 4}
+    yield norm_kernels.finish, parts, {**moments, "scales": "*fp32", **learned}
     applied = {**halves("maps bias out"), "scales": "*fp32"}
-    yield norm_kernels.apply, {"D": 32, **tile, "SILU": True}, applied
+    strips = {"APART": True, "TO_STRIP": True, "ROUNDED": True}
+    yield norm_kernels.apply, {"D": 32, **tile, **strips, "SILU": True}, applied
     group = {"D": 64, "CHANNELS": 2, "BLOCK": 16, "WIDTH": 2, "SILU": True}
     yield norm_kernels.held, group, {**maps, **halves("out"), **learned}
+
+
+def of_strips(convolving_kernels, leaving, halves):
+    def tiles(names, *sizes):
+        return dict.fromkeys(names.split(), f"tensordesc<bf16{list(sizes)}>")
+
+    taken = {"E": 96, "TILE": 64, "BLOCK": 32, "FIRST": 64, "REST": 32}
+    windows = tiles("windows last_windows", 1, 64, 32)
+    read = {**windows, **tiles("weight last_weight", 64, 32)}
+    read |= tiles("rest_weight last_rest_weight", 32, 32)
+    added = {**tiles("out beside", 1, 64, 64), **tiles("rest_out rest_beside", 1, 64, 32)}
+    sums = {**halves("bias beside_bias"), "moments": "*fp32"}
+    yield convolving_kernels.convolve, {"WINDOW": 96, **taken}, {**read, **added, **sums}
+    doubled = {**read, **halves("out bias"), "moments": "*fp32"}
+    yield convolving_kernels.convolve_doubled, {"WINDOW": 64, **taken}, doubled
+    taps = {"scales": "*fp32", "taps": "*fp32"}
+    sizes = {"D": 64, "BLOCK": 32, "COUNT": 27, "MOST": 32, "TILE": 64}
+    yield leaving._tap, sizes, {**halves("maps bias weight"), **taps}
+    yield leaving._tap, sizes, {**dict.fromkeys(("maps", "bias", "weight"), "*fp32"), **taps}
+    yield leaving._gather, {"E": 3, "SIZE": 64}, {**halves("bias out"), "taps": "*fp32"}
 
 
 def ptx(kernel, constants, types):

@@ -7,6 +7,7 @@ and the moments that the next norm wants are taken, before the sum leaves the pr
 Imported only for maps on a GPU: triton takes its time, and is not there on every platform.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,9 +26,9 @@ from . import convolving_kernels as kernels
 from . import strips
 from .norms import Moments, Sum
 
-LEAST = 128 * 128
+LEAST, MOST = 128 * 128, 2048 * 2048
 """Pixels of an image from which on the kernels pay: smaller maps the library convolves so much
-faster that a pass for moments costs less."""
+faster that a pass for moments costs less. Of larger ones an offset might not fit in 32 bits."""
 PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
 """Channels of a program, and how it has them: each a power of two."""
 TILE, SMALL_TILE = 128, 64
@@ -42,7 +43,8 @@ def suits(maps: Float[Tensor, "b d h w"], times: int = 1) -> bool:
 
     Not those of float32 whose products are to be exact.
     """
-    if maps.shape[2] * maps.shape[3] * times**2 < LEAST or not maps.is_cuda:
+    pixels = maps.shape[2] * maps.shape[3] * times**2
+    if not LEAST <= pixels <= MOST or not maps.is_cuda:
         return False
     rounds: Any = torch.backends.cudnn.conv  # torch leaves its switches untyped
     exact = maps.dtype == torch.float32 and rounds.fp32_precision != "tf32"
@@ -120,7 +122,8 @@ def rounded(x: Tensor) -> Tensor:
     """Numbers of float32 as TF32 has them, ties away from 0: a product cuts off what is beyond."""
     if x.dtype != torch.float32:
         return x
-    return ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+    near = ((x.view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+    return torch.where(x.isnan(), x, near)
 
 
 class _Plan(NamedTuple):
@@ -196,9 +199,16 @@ def _runs(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
     def trial() -> ModuleType:
-        maps = strips.view(torch.zeros(1, 5, 32, dtype=dtype, device=device), 2, 1)
-        convolved(maps, maps.new_zeros(32, 32, 3, 3), None)
-        convolved_doubled(maps, maps.new_zeros(128, 32, 2, 2), None)
+        from .leaving import left
+
+        side = math.isqrt(MANY * TILE) + 1  # with programs as large as there are
+        maps = torch.zeros(1, 32, side, side, dtype=dtype, device=device)
+        strip = strips.filled(maps, 32)
+        widest = max(PARTS)
+        total = convolved(strip, maps.new_zeros(widest, 32, 3, 3), None)
+        convolved_doubled(strip, maps.new_zeros(4 * widest, 32, 2, 2), None)
+        like = {"dtype": dtype, "device": device}
+        left(total, nn.GroupNorm(32, widest, device=device), nn.Conv2d(widest, 3, 3, **like))
         return kernels
 
     return sandbox.tried(trial, "an autoencoder without its own convolutions") is not None

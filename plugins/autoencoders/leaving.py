@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import sandbox
 
+from . import norm_kernels
 from .convolving import rounded
 from .norms import Sum, scales_of
 
@@ -108,8 +109,8 @@ def _tap(
         value *= tl.load(scales + image * 2 * D + own)
         value += tl.load(scales + image * 2 * D + D + own)
         value = tl.where(there, value / (1 + tl.exp(-value)), 0.0)
-        if maps.dtype.element_ty == tl.float32:  # to TF32, as `rounded` has it
-            value = ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+        if maps.dtype.element_ty == tl.float32:
+            value = norm_kernels.rounded(value)
         rows = start + tl.arange(0, BLOCK)[:, None]
         made = tl.dot(value.to(maps.dtype.element_ty), tl.load(weight + rows * MOST + tap), made)
     taps += image * COUNT * positions

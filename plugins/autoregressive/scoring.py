@@ -7,6 +7,7 @@ and the backward pass only multiplies them (as in the Liger kernels, arXiv 2410.
 
 from collections.abc import Callable, Sequence
 from itertools import starmap
+from math import frexp
 from typing import Any, NamedTuple
 
 import torch
@@ -38,10 +39,12 @@ def scores(
         pieces = zip(*(x.split(size) for x in (ids, *features)), strict=True)
         losses, right = map(torch.cat, zip(*starmap(score, pieces), strict=True))
         return Scores(losses.mean(), losses, right)
+    # A token's share in the mean, its powers of two later: 16 bits might lose what is so small.
+    share, power = frexp(1 / ids.numel())
     scored, of_rows, of_leaves = [], [], dict[Tensor, Any]()
     apart = [x.detach().requires_grad_(x.requires_grad) for x in features]
     for some, *rows in zip(*(x.split(size) for x in (ids, *apart)), strict=True):
-        losses, right, by_rows, by_leaves = _learned(score, some, rows, 1 / ids.numel())
+        losses, right, by_rows, by_leaves = _learned(score, some, rows, share)
         scored.append((losses, right))
         of_rows.append(by_rows)
         for leaf, gradient in by_leaves.items():
@@ -49,7 +52,7 @@ def scores(
     losses, right = map(torch.cat, zip(*scored, strict=True))
     inputs = [*(x for x in features if x.requires_grad), *of_leaves]
     gradients = [*map(torch.cat, zip(*of_rows, strict=True)), *of_leaves.values()]
-    return Scores(_Known.apply(losses.mean(), gradients, *inputs), losses, right)
+    return Scores(_Known.apply(losses.mean(), 2.0**power, gradients, *inputs), losses, right)
 
 
 def _learned(
@@ -92,17 +95,21 @@ def _leaves(made: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
 
 
 class _Known(torch.autograd.Function):
-    """A number, and its gradients by the inputs."""
+    """A number, and its gradients by the inputs but for a factor `share`; no second ones."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, share: float, gradients: Sequence[Tensor], *inputs: Tensor
+    ) -> Tensor:
+        ctx.share = share
         ctx.save_for_backward(*gradients)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(_times(gradient, factor) for gradient in ctx.saved_tensors)
+        factor = factor * ctx.share
+        return None, None, None, *(_times(gradient, factor) for gradient in ctx.saved_tensors)
 
 
 def _times(gradient: Tensor, factor: Float[Tensor, ""]) -> Tensor:

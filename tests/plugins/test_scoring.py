@@ -77,6 +77,22 @@ def test_only_features_or_only_the_second_half_may_learn(network):
     network.requires_grad_(False)
     with pytest.raises(RuntimeError, match="does not require grad"):
         step(network, 2)
+    network.requires_grad_(True)
+    network.features = torch.no_grad()(network.features)
+    whole, pieces = step(network, 7)[1], step(network, 2)[1]
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-6)
+    assert pieces["mix"] is None and pieces["table"].any()
+
+
+def test_a_loss_scale_keeps_small_gradients_of_float16():
+    ids, weights = torch.zeros(8, 64), 1e-4 * (torch.rand(8, 64, 64) + 0.5)
+    x = torch.zeros_like(weights, dtype=torch.float16).requires_grad_()
+
+    def score(rows, x, weights):
+        return (x.float() * weights).sum(-1), rows > 0
+
+    (scores(score, 3, ids, (x, weights)).total * 65536).backward()
+    torch.testing.assert_close(x.grad.float(), weights * 65536 / ids.numel(), rtol=2**-8, atol=0)
 
 
 def test_a_second_backward_pass_adds_as_much_again(network):

@@ -47,6 +47,20 @@ def test_one_pixel_at_a_time_a_strip_is_convolved_as_a_map(d, h, w):
     torch.testing.assert_close(found, F.conv2d(maps, weight))
 
 
+def test_numbers_are_rounded_to_the_nearest_of_tf32():
+    pytest.importorskip("triton", reason="triton is not there on this platform")
+    from sandbox_plugins.autoencoders.convolving import rounded
+
+    x = torch.randn(1000) * torch.logspace(-30, 30, 1000)
+    found = rounded(x)
+    assert not (found.view(torch.int32) & (2**13 - 1)).any() and not torch.equal(found, x)
+    assert ((found - x).abs() <= x.abs() * 2**-11).all()
+    kept = torch.tensor([0.0, 1.5, -torch.inf])
+    assert torch.equal(rounded(kept), kept) and torch.equal(rounded(x.half()), x.half())
+    gpu = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)  # as GPUs write NaN
+    assert rounded(gpu).isnan().all()
+
+
 def pixels_alone(strip):
     """The strip, and NaN for all that is no pixel."""
     torn = strips.like(strip)
@@ -168,8 +182,13 @@ with pytest.MonkeyPatch.context() as monkeypatch:
 print("agreed")
 """
 CHECKS = {
-    "each by itself": "check_strips([(1, 32, 96, 3, 5)])",
-    "in 16 bits": "check_strips([(1, 32, 32, 3, 7)], torch.float16)",
+    "each by itself, with programs side by side": """
+    monkeypatch.setattr(convolving, "PARTS", {32: (16, 16)})
+    monkeypatch.setattr(norms, "MOST_PARTS", 2)
+    monkeypatch.setattr(norms, "SHARES", 3)
+    monkeypatch.setattr(norms, "TILE", 256)
+    check_strips([(2, 32, 64, 2, 4)])""",
+    "in 16 bits": "check_strips([(1, 32, 96, 2, 3)], torch.float16)",
     "both halves": "check_halves(monkeypatch, 24)",
 }
 

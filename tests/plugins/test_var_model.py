@@ -50,6 +50,17 @@ def awake(model, seed=0):
     return model.eval()
 
 
+def test_a_subclass_with_steps_of_its_own_is_guided_by_these():
+    class Own(VAR):
+        def step(self, state, context, step):
+            return torch.arange(8.0).view(4, 1, 2)
+
+    network = Own(build(Layout.pyramid(1, 2)).params, build(Layout.pyramid(1, 2)).tokens)
+    network.fused = True
+    found = network.guided_step(None, torch.zeros(4, 1, 3), 0, 2.0)
+    assert torch.equal(found, torch.tensor([[[-8.0, -7.0]], [[-6.0, -5.0]]]))
+
+
 def inputs(layout, seed, b=2, code_dim=3, classes=4):
     rng = torch.Generator().manual_seed(seed)
     contexts = torch.randn(b, layout.seq_len, code_dim, generator=rng)
