@@ -101,7 +101,7 @@ def of_norms(norm_kernels, halves):
     moments = {"moments": "*fp32"}
     strips = {"APART": True, "TO_APART": True}
     yield norm_kernels.sum_up, {"D": 32, **tile, **strips}, {**maps, **moments}
-    parts = {"D": 64, "CHANNELS": 2, "BLOCK": 4, "WIDTH": 2, "REPEATS": 4}
+    parts = {"D": 64, "CHANNELS": 2, "SHARES": 4, "BLOCK": 4, "WIDTH": 2, "REPEATS": 4}
     yield norm_kernels.finish, parts, {**moments, "scales": "*fp32", **learned}
     applied = {**halves("maps bias out"), "scales": "*fp32"}
     strips = {"APART": True, "TO_STRIP": True, "ROUNDED": True}

@@ -26,9 +26,10 @@ from . import convolving_kernels as kernels
 from . import strips
 from .norms import Moments, Sum
 
-LEAST, MOST = 128 * 128, 2048 * 2048
-"""Pixels of an image from which on the kernels pay: smaller maps the library convolves so much
-faster that a pass for moments costs less. Of larger ones an offset might not fit in 32 bits."""
+LEAST, MOST = 128 * 128, 256 * 256
+"""Pixels of an image for which the kernels pay. Smaller maps the library convolves so much faster
+that a pass for moments costs less; of larger ones the moments of all tiles would be too many for
+the one program that makes them a group's."""
 PARTS = {32: (32, 0), 64: (64, 0), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
 """Channels of a program, and how it has them: each a power of two."""
 TILE, SMALL_TILE = 128, 64

@@ -78,7 +78,7 @@ def rounded(value):
     return tl.where(value == value, near, value)  # NaN stays
 
 
-@triton.jit(do_not_specialize=["parts", "share", "positions", "row"])
+@triton.jit
 def finish(
     moments,
     scales,
@@ -86,18 +86,18 @@ def finish(
     bias,
     eps,
     pixels,
-    parts,
     share,
     positions,
     row,
     D: tl.constexpr,  # noqa: N803
     CHANNELS: tl.constexpr,  # noqa: N803
+    SHARES: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
     WIDTH: tl.constexpr,  # noqa: N803
     REPEATS: tl.constexpr,  # noqa: N803
     OVERLAPS: tl.constexpr,  # noqa: N803
 ):
-    """A group of an image: from the moments of its channels' parts to what they amount to.
+    """A group of an image: from the moments of its channels' shares to what they amount to.
 
     Every `row`-th position is no pixel.
     """
@@ -105,43 +105,25 @@ def finish(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    own = tl.arange(0, WIDTH)[None, :]
-    known = own < CHANNELS
+    part, own = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    there = (part < SHARES) & (own < CHANNELS)
     own += group * CHANNELS
-    moments += image * parts * 2 * D
+    moments += (image * SHARES + part) * 2 * D + own
+    means = tl.load(moments, there, 0.0)
+    around = tl.load(moments + D, there, 0.0)
+    begin = part % (SHARES // REPEATS) * share
+    end = tl.minimum(begin + share, positions)
+    count = tl.where(there, end - end // row - begin + begin // row, 0).to(tl.float32)
     numbers = pixels.to(tl.float32) * CHANNELS
-    mean = tl.zeros([], tl.float32)
-    for start in range(0, parts, BLOCK):
-        part = start + tl.arange(0, BLOCK)[:, None]
-        there = (part < parts) & known
-        count = _count(part, there, parts // REPEATS, share, positions, row)
-        means = tl.load(moments + part * 2 * D + own, there, 0.0)
-        mean += tl.sum(tl.sum(count * means, 0), 0)
-    mean /= numbers
-    squares = tl.zeros([], tl.float32)
-    for start in range(0, parts, BLOCK):
-        part = start + tl.arange(0, BLOCK)[:, None]
-        there = (part < parts) & known
-        count = _count(part, there, parts // REPEATS, share, positions, row)
-        means = tl.load(moments + part * 2 * D + own, there, 0.0)
-        around = tl.load(moments + part * 2 * D + D + own, there, 0.0)
-        around += count * (means - mean) * (means - mean)
-        squares += tl.sum(tl.sum(around, 0), 0)
-    inverse = 1 / tl.sqrt(squares / numbers + eps)
+    mean = tl.sum(tl.sum(count * means, 0), 0) / numbers
+    around += count * (means - mean) * (means - mean)
+    inverse = 1 / tl.sqrt(tl.sum(tl.sum(around, 0), 0) / numbers + eps)
     own = group * CHANNELS + tl.arange(0, WIDTH)
     there = tl.arange(0, WIDTH) < CHANNELS
     scale = tl.load(weight + own, there, 0.0).to(tl.float32) * inverse
     shift = tl.load(bias + own, there, 0.0).to(tl.float32) - mean * scale
     tl.store(scales + image * 2 * D + own, scale, there)
     tl.store(scales + image * 2 * D + D + own, shift, there)
-
-
-@triton.jit
-def _count(part, there, repeat, share, positions, row):
-    """The pixels of a part, of which `repeat` are a map, and then come those of the next."""
-    begin = part % repeat * share
-    end = tl.minimum(begin + share, positions)
-    return tl.where(there, end - end // row - begin + begin // row, 0).to(tl.float32)
 
 
 @triton.jit

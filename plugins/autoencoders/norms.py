@@ -25,8 +25,6 @@ HELD = 8192
 images twice as many, for which a GPU has programs to spare."""
 SHARES = 32
 """Programs that take the moments of some channels of one image, at most."""
-MOST_PARTS = 1024
-"""Whose moments a program has at once."""
 WIDEST = 128
 """Channels of a program, at most: a power of two that divides them, so that no thread idles."""
 TILE, WARPS = 8192, 4
@@ -166,8 +164,7 @@ def _sum_up(
 def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, "b 2 d"]:
     b, parts, _, d = moments.values.shape
     scales, channels = moments.values.new_empty(b, 2, d), d // norm.num_groups
-    block = min(triton.next_power_of_2(parts), MOST_PARTS)
-    width = triton.next_power_of_2(channels)
+    block, width = triton.next_power_of_2(parts), triton.next_power_of_2(channels)
     with torch.cuda.device_of(scales):
         kernels.finish[(norm.num_groups, b)](
             moments.values,
@@ -176,17 +173,17 @@ def _scales(moments: Moments, norm: nn.GroupNorm, pixels: int) -> Float[Tensor, 
             norm.bias,
             norm.eps,
             pixels,
-            parts,
             moments.share,
             moments.positions,
             moments.row,
             d,
             channels,
+            parts,
             block,
             width,
             moments.repeats,
             **sandbox.overlapping(scales.device),
-            num_warps=max(1, min(16, block * width // 512)),
+            num_warps=max(1, min(8, block * width // 1024)),
         )
     return scales
 

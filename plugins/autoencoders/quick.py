@@ -2,8 +2,8 @@
 
 The one idea to hold: a convolution of the library's adds nothing. What it would add, and what
 stands beside its branch, is handed on as a `Sum`, which whatever reads it next adds up as it reads.
-Large maps are strips, whose convolutions do that themselves. Nothing is compiled for a size, and a
-map is doubled within the convolution that reads it.
+Large maps are strips, whose convolutions do that themselves. Nothing but what finishes a norm's
+moments is compiled for a size, and a map is doubled within the convolution that reads it.
 
 Imported only for maps on a GPU, as its kernels are.
 """

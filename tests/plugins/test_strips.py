@@ -184,7 +184,6 @@ print("agreed")
 CHECKS = {
     "each by itself, with programs side by side": """
     monkeypatch.setattr(convolving, "PARTS", {32: (16, 16)})
-    monkeypatch.setattr(norms, "MOST_PARTS", 2)
     monkeypatch.setattr(norms, "SHARES", 3)
     monkeypatch.setattr(norms, "TILE", 256)
     check_strips([(2, 32, 64, 2, 4)])""",
