@@ -136,7 +136,9 @@ def _guided_law(
     backbone: Backbone, contexts: Tensor, labels: Tensor, steps: Sequence[Tensor]
 ) -> None:
     guided_step: Callable[..., Tensor] | None = getattr(backbone, "guided_step", None)
-    for weight in (0.0, 1.7) if guided_step else ():
+    if guided_step is None:
+        return
+    for weight in (0.0, 1.7):
         state, start = backbone.begin(labels), 0
         for index, logits in enumerate(steps):
             context = contexts[:, start : start + logits.shape[1]]

@@ -213,12 +213,12 @@ from test_var_training_kernel import (
 )
 
 assert "sandbox_plugins.var.training_kernel" not in sys.modules  # nor, by it, triton
-for heads, e, b, n in [(1, 8, 2, 3), (2, 32, 2, 5), (5, 128, 1, 2), (9, 64, 2, 1), (3, 256, 1, 1)]:
+for heads, e, b, n in [(1, 8, 2, 3), (2, 32, 2, 5), (5, 128, 1, 2), (9, 64, 1, 1)]:
     assert_projects(heads, e, b, n, EXACT)
 assert_projects(2, 16, 2, 3, 2 * 2**-8, dtype=torch.bfloat16)
 kernels = sys.modules["sandbox_plugins.var.training_kernel"]
 for kernels.PROGRAMS in (1, 528):
-    for heads, e, b, n in [(1, 8, 1, 1), (3, 32, 2, 5), (6, 256, 1, 2)]:
+    for heads, e, b, n in [(1, 8, 1, 1), (3, 32, 2, 5), (2, 256, 1, 2)]:
         assert_parts(heads, e, b, n, EXACT, torch.float32)
     assert_parts(3, 32, 2, 5, 2 * 2**-11, torch.float16)
 assert_trains(EXACT)
