@@ -86,7 +86,7 @@ def found(
 ) -> tuple[str, Any] | None:
     """The latest such row and its file; what `where` does not name is as in a plain row.
 
-    A row that came after a profile, whose profiler stays and slows launching, counts only where
+    A row that came after a profile, which was seen to take longer at batch 1, counts only where
     there is no other.
     """
     late: list[tuple[str, Any]] = []

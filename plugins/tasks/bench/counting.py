@@ -39,8 +39,9 @@ HOW = {
     "60 that took longest; `kernels_seconds` is what all took, roughly the row's seconds less the "
     "time in which nothing ran (kernels may run side by side, and watching them takes time); "
     "`kernels_launched` is how many there were, copies and fills included, and "
-    "`kernels_gaps_seconds` in how much of the time from first to last none ran. The profiler "
-    "stays in the process: where launching counts, as at batch 1, rows after a profile take longer",
+    "`kernels_gaps_seconds` in how much of the time from first to last none ran. Where "
+    "launching counts, as at batch 1, rows after a profile in the same process were seen to take "
+    "longer",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",
