@@ -240,6 +240,20 @@ def test_what_cannot_be_counted_or_profiled_is_measured_all_the_same(project, mo
         assert found["left_out"][name] == "RuntimeError: not here"
 
 
+def test_nothing_is_profiled_before_every_row_has_its_seconds(project, monkeypatch):
+    kept = []
+
+    def look(*words, **named):
+        kept.append(json.loads((project.folder / "runs/bench-tiny/bench.json").read_text()))
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(torch.profiler, "profile", look)
+    found = bench(project, "--profile")
+    assert len(kept) == sum(len(found[part]) for part in PARTS) + 1  # the trace is the last
+    assert all(len(kept[0][part]) == len(found[part]) == 2 for part in PARTS)
+    assert {row["kernels"] for part in PARTS for row in found[part]} == {"RuntimeError: not here"}
+
+
 def test_an_error_in_float32_stops_the_measurement(project, monkeypatch):
     def generate(self, labels, rng, watch=None):
         raise RuntimeError("a mistake in a part")

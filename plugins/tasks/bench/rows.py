@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Setting:
     """Whether encoding, decoding and training run as compiled."""
     fast: sandbox.Switch | None = None
     """How a generator draws; None of one that has no such setting, and of other parts."""
-    profile: bool = False
-    """Whether to tell the kernels of one more call."""
+    watched: bool = False
+    """Whether the kernels of one call are told instead of the seconds of several."""
 
     @property
     def plain(self) -> bool:
@@ -65,6 +66,8 @@ def generation(
         (first,) = clock.time(call, 1)
         if setting.fast == "auto":  # recorded when it comes a fourth time
             clock.time(call, 3)
+        if setting.watched:
+            return _watched(clock, call, setting)
         found = _timed(clock, call, setting, alone=True) | {"first_seconds": first}
         found["peak_bytes"] = peak_bytes(clock.device) if known else None
         if setting.plain:  # a recorded generation has no parts
@@ -84,6 +87,8 @@ def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
 
     def measure() -> dict[str, Any]:
         images = noise(run, setting.batch_size)
+        if setting.watched:
+            return _watched(clock, lambda: tokenizer.encode(images), setting)
         found = _timed(clock, lambda: tokenizer.encode(images), setting)
         ids = tokenizer.encode(images)
         with coding(run.device, "float32"):
@@ -102,16 +107,18 @@ def decoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
         ids = torch.randint(
             tokenizer.vocab_size, shape, generator=run.rng("ids"), device=run.device
         )
-        return _timed(clock, lambda: tokenizer.decode(ids), setting)
+        how = _watched if setting.watched else _timed
+        return how(clock, lambda: tokenizer.decode(ids), setting)
 
     return _coding(run, setting, measure)
 
 
 def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
-    """A step as `train-generator` takes it: loss, gradients, optimiser. Moves the weights."""
+    """A step as `train-generator` takes it: loss, gradients, optimiser. Puts the weights back."""
     plain, size = run.generator, setting.batch_size
     network, settings = plain.network, Training(num_images=size, batch_size=size)
     optimizer = optimizer_of(network, settings, run.device)
+    before = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
 
     def measure() -> dict[str, Any]:
         image = noise(run, 1) if run.settings("tokenizer") else _blank(run)
@@ -136,12 +143,15 @@ def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
             optimizer.step()
             stages.append([*marks, clock.mark()])
 
-        counted = attempt(lambda: {"flops": training_flops(lambda: loss(plain))}).get("flops")
+        if not setting.watched:
+            counted = attempt(lambda: {"flops": training_flops(lambda: loss(plain))}).get("flops")
         with compiled_generator(plain) if setting.compiled else nullcontext(plain) as made:
+            if setting.watched:
+                return _watched(clock, lambda: step(made), setting)
             found = _timed(clock, lambda: step(made), setting)
         splits = [
             dict(zip(_STAGES, map(clock.seconds, marks, marks[1:]), strict=False))
-            for marks in stages[-setting.repeats - setting.profile :][: setting.repeats]
+            for marks in stages[-setting.repeats :]
         ]
         work = Work(counted // size, None, None) if counted else None
         return found | {"splits": splits} | shares(found["median_seconds"], size, work)
@@ -152,6 +162,7 @@ def training(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]
             return _row(setting, measure)
         finally:
             network.zero_grad(set_to_none=True)
+            network.load_state_dict(before)
             network.eval()
 
 
@@ -164,6 +175,22 @@ def noise(run: sandbox.Run, num_images: int) -> Tensor:
         drawn = torch.rand(num_images, 3, side, side, generator=rng, device=run.device) * 2 - 1
         images += F.interpolate(drawn, size, mode="bilinear")
     return (images / len(sides) ** 0.5).clamp(-1, 1)
+
+
+def keep_trace(run: sandbox.Run, setting: Setting, path: Path) -> dict[str, Any]:
+    """One generation as a Chrome trace."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if run.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
+    with drawing_fast(run, setting.fast or "off"), autocast(run.device, setting.precision):
+        run.generator.generate(labels, run.rng("warm-up"))
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+            run.generator.generate(labels, run.rng("profile"))
+            Clock(run.device).settle()
+    with sandbox.atomic(path) as draft:
+        profile.export_chrome_trace(str(draft))
+    return {}
 
 
 def shares(seconds: float, batch_size: int, work: Work | None) -> Mapping[str, Any]:
@@ -229,5 +256,10 @@ def _timed(
         "ms_per_image": 1000 * median / setting.batch_size,
         "images_per_second": setting.batch_size / median,
         "peak_bytes": peak,
-        **(kernels_of(clock, call) if setting.profile else {}),
     }
+
+
+def _watched(clock: Clock, call: Callable[[], Any], setting: Setting) -> dict[str, Any]:
+    """The kernels of one call, after as many as go before what is timed."""
+    clock.warm_up(call, setting.warmup)
+    return kernels_of(clock, call)

@@ -1,11 +1,12 @@
 """Measure the recipe's generator and tokenizer on this machine; keeps `bench.json`.
 
-What measures is a generator that stops after every row, so all that is known by then is kept.
+What measures is a generator that stops after every row, so all that is known by then is kept. Only
+when every row has its seconds does the profiler see one: it slows what its process does later.
 """
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -15,21 +16,21 @@ from pydantic import Field, field_validator
 
 import sandbox
 
-from ..drawing import drawing_fast
 from ..encoding import coding_precisions
-from ..settings import autocast
 from .ceilings import copy, matrix_product
 from .clock import Clock, Precision, attempt
 from .comparing import add_ratios, add_shares
 from .counting import HOW, Work, work_of
 from .plot import plot
-from .rows import Setting, decoding, encoding, generation, training
+from .rows import Setting, decoding, encoding, generation, keep_trace, training
 from .split import Split, seams
 from .tables import brief, ceilings_table, split_table, table
 
 JSON, PICTURE, TRACE = "bench.json", "bench.png", "trace.json"
-Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Each with its part."""
+Row = dict[str, Any]
+Measured = Callable[[Setting], Row]
+Rows = Iterator[tuple[str, Setting, Measured]]
+"""Each row's part, how it is to be measured, and what measures it."""
 Name = Literal["generation", "encoding", "decoding", "training"]
 PARTS: tuple[Name, ...] = get_args(Name)
 
@@ -58,7 +59,7 @@ class Bench:
         """Calls before, which are not timed."""
         profile: bool = False
         """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show, and
-        in `bench.json` the kernels of one call of every row."""
+        in `bench.json` the kernels of one call of every row, when all have been timed."""
         compile: sandbox.Switch = "auto"
         """Whether encoding, decoding and training are measured compiled too, at the largest batch
         size: minutes, on a GPU, of compiling. `auto`: on a GPU."""
@@ -112,9 +113,8 @@ class Bench:
             "settings": self.params.model_dump(mode="json"),
             "how_counted": HOW,
         }
-        with closing(self._measure(run, found)) as measuring:  # puts weights back, come what may
-            for _ in measuring:
-                sandbox.write_json(run.folder / JSON, found)
+        for _ in self._measure(run, found):
+            sandbox.write_json(run.folder / JSON, found)
         title = f"{run.settings('generator').get('name', 'no generator')} on {found['device']}"
         drawn = plot(run.folder / PICTURE, found["generation"], title)
         files = [JSON] + [PICTURE] * drawn + [TRACE] * (run.folder / TRACE).exists()
@@ -127,7 +127,7 @@ class Bench:
             "files": ", ".join(str(run.folder / name) for name in files),
         }
 
-    def _measure(self, run: sandbox.Run, found: dict[str, Any]) -> Generator[None, None, None]:
+    def _measure(self, run: sandbox.Run, found: dict[str, Any]) -> Iterator[None]:
         """Fill `found`, stopping after every row, and where it is complete."""
         clock, absent, start = Clock(run.device), dict[str, str](), perf_counter()
         found |= {"complete": False, **{part: [] for part in PARTS}, "left_out": absent}
@@ -139,7 +139,10 @@ class Bench:
             "copy": copy(clock),
         }
         ended = perf_counter() - start
-        for part, row in self._every_row(run, clock, absent):
+        rows = list[tuple[Row, Setting, Measured]]()
+        for part, setting, measured in self._every_row(run, clock, absent):
+            row = measured(setting)
+            rows.append((row, setting, measured))
             found[part].append(row)
             row["began_seconds"], ended = ended, perf_counter() - start
             row["ended_seconds"] = ended
@@ -147,6 +150,14 @@ class Bench:
             add_ratios(found[part])
             add_shares({part: [row]}, found["ceilings"], run.device)
             yield
+        if self.params.profile:
+            for row, setting, measured in rows:
+                if "median_seconds" in row:
+                    seen = measured(replace(setting, watched=True))
+                    told = {key: seen[key] for key in seen if key.startswith("kernels")}
+                    row |= told or {"kernels": seen.get("reason", seen["status"])}
+                    yield
+            self._trace(run, absent)
         if any(row.get("peak_bytes", 0) is None for part in PARTS for row in found[part]):
             absent["peak memory"] = "this system does not tell a process's peak anew"
         found["complete"] = True
@@ -168,19 +179,8 @@ class Bench:
                 yield from self._rows(run, part, measure, clock, precisions=precisions)
         else:
             absent |= dict.fromkeys(("encoding", "decoding"), "the recipe names no tokenizer")
-        if run.settings("generator"):
-            if self.params.profile and "generation" not in asked:
-                absent["profile: trace.json"] = "it is of a generation, which was not asked for"
-            elif self.params.profile:
-                where = self._precisions(run.device)[0], min(self._sizes(run.device))
-                setting = self._setting(*where, fast=self._modes(run)[-1])
-                kept = attempt(lambda: _keep_trace(run, setting))
-                if kept["status"] != "ok":
-                    absent["profile"] = kept.get("reason", kept["status"])
-            if "training" in asked:
-                yield from self._training(run, clock, absent)
-        elif self.params.profile:
-            absent["profile"] = "the recipe names no generator"
+        if run.settings("generator") and "training" in asked:
+            yield from self._training(run, clock, absent)
 
     def _generation(self, run: sandbox.Run, clock: Clock, absent: dict[str, str]) -> Rows:
         parts, missing = seams(run)
@@ -208,13 +208,9 @@ class Bench:
         if not any(parameter.requires_grad for parameter in network.parameters()):
             absent["training"] = "the generator has nothing to train"
             return
-        before = {name: t.detach().cpu().clone() for name, t in network.state_dict().items()}
         if "float16" in self._precisions(run.device):
             absent["training: float16"] = "it would need scaled losses, which no task here has"
-        try:
-            yield from self._rows(run, "training", training, clock, but="float16")
-        finally:
-            network.load_state_dict(before)
+        yield from self._rows(run, "training", training, clock, but="float16")
 
     def _rows(
         self,
@@ -234,10 +230,22 @@ class Bench:
         if part != "generation" and self._compiles(run.device):
             settings += [self._setting(p, max(sizes), compiled=True) for p in asked]
         for setting in settings:
-            yield part, measure(run, clock, setting)
+            yield part, setting, lambda how: measure(run, clock, how)
+
+    def _trace(self, run: sandbox.Run, absent: dict[str, str]) -> None:
+        """Keep one generation as a Chrome trace, the first that is fast."""
+        if not run.settings("generator"):
+            absent["profile"] = "the recipe names no generator"
+        elif "generation" not in self.params.parts:
+            absent["profile: trace.json"] = "it is of a generation, which was not asked for"
+        else:
+            where = self._precisions(run.device)[0], min(self._sizes(run.device))
+            setting = self._setting(*where, fast=self._modes(run)[-1])
+            kept = attempt(lambda: keep_trace(run, setting, run.folder / TRACE))
+            if kept["status"] != "ok":
+                absent["profile"] = kept.get("reason", kept["status"])
 
     def _setting(self, precision: str, size: int, **how: Any) -> Setting:
-        how = {"profile": self.params.profile, **how}
         return Setting(precision, size, self.params.repeats, self.params.warmup, **how)
 
     def _modes(self, run: sandbox.Run) -> tuple[sandbox.Switch | None, ...]:
@@ -274,19 +282,3 @@ def _environment(run: sandbox.Run) -> Mapping[str, Any]:
     """What the run keeps of versions, machine and command."""
     path = run.folder / "environment.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _keep_trace(run: sandbox.Run, setting: Setting) -> dict[str, Any]:
-    """One generation as a Chrome trace."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if run.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    labels = torch.arange(setting.batch_size, device=run.device) % run.num_classes
-    with drawing_fast(run, setting.fast or "off"), autocast(run.device, setting.precision):
-        run.generator.generate(labels, run.rng("warm-up"))
-        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
-            run.generator.generate(labels, run.rng("profile"))
-            Clock(run.device).settle()
-    with sandbox.atomic(run.folder / TRACE) as draft:
-        profile.export_chrome_trace(str(draft))
-    return {}
