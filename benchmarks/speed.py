@@ -84,23 +84,14 @@ def read(folder: Path) -> dict[str, Any]:
 def found(
     measured: Mapping[str, Any], file: str, part: str, where: Mapping[str, Any]
 ) -> tuple[str, Any] | None:
-    """The latest such row and its file; what `where` does not name is as in a plain row.
-
-    A row that came after a profile, which was seen to take longer at batch 1, counts only where
-    there is no other.
-    """
-    late: list[tuple[str, Any]] = []
+    """The latest such row and its file; what `where` does not name is as in a plain row."""
     for name in of_kind(measured, file):
-        profiled = False
         for row in measured[name].get(part, []):
             plain = {"compiled": False, "fast": row.get("fast"), **where}
             told = {"compiled": False, **row}
             if "median_seconds" in row and all(told.get(key) == plain[key] for key in plain):
-                if not profiled:
-                    return name, row
-                late.append((name, row))
-            profiled = profiled or "kernels" in row
-    return late[0] if late else None
+                return name, row
+    return None
 
 
 def of_kind(measured: Mapping[str, Any], file: str) -> list[str]:

@@ -55,18 +55,6 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
 
 
-def test_what_came_after_a_profile_counts_where_there_is_no_other(measured, capsys):
-    kept = json.loads((measured / "d16.json").read_text())
-    alone = {**kept, "date": "2026-11-24", "generation": [row(8, 0.016, fast="on")]}
-    (measured / "d16-alone.json").write_text(json.dumps(alone))
-    sys.argv = ["speed.py", str(measured)]
-    speed.main()
-    assert "**500 img/s** | d16-alone |" in capsys.readouterr().out  # d16 has its kernels before it
-    (measured / "d16-alone.json").unlink()
-    speed.main()
-    assert "**400 img/s** | d16 |" in capsys.readouterr().out
-
-
 def test_of_several_files_of_a_kind_the_latest_row_counts(measured, capsys):
     for name, date, seconds in (("d16-more", "2026-11-26", 0.040), ("d16-old", "2026-11-24", 1)):
         kept = json.loads((measured / "d16.json").read_text())

@@ -36,7 +36,7 @@ figure { margin: 0 0 16px; } figure img { display: block; max-width: 100%;
   image-rendering: pixelated; border: 1px solid var(--line); }
 .row { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
 .row > * { min-width: 0; } .row > table + table { flex: 1 1 400px; margin-left: 24px; }
-.columns h3 { margin-top: 6px; }
+.columns h3 { margin-top: 0; padding-top: 6px; }
 .charts { display: flex; flex-wrap: wrap; gap: 12px 18px; align-items: flex-end; }
 .charts > * { width: calc(50% - 9px); } .charts > .narrow { width: calc(33.3% - 12px); }
 .charts svg { width: 100%; height: auto; display: block; break-inside: avoid; }
