@@ -6,6 +6,9 @@ The one idea to hold: whatever reads a map reads all channels of a pixel togethe
 import triton
 import triton.language as tl
 
+_ON_A_GPU = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Whether there is a GPU's assembly; the interpreter has none."""
+
 
 @triton.jit
 def sum_up(
@@ -76,6 +79,28 @@ def rounded(value):
     """To TF32, ties away from 0, as `convolving.rounded` has it."""
     near = ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     return tl.where(value == value, near, value)  # NaN stays
+
+
+@triton.jit
+def silu(value):
+    """To float32's last digits: without what a division does for numbers that are not met here."""
+    if _ON_A_GPU:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.ftz.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.ftz.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 t, t;
+            mul.ftz.f32 $0, $1, t;
+            }""",
+            "=f,f",
+            [value],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return value / (1 + tl.exp(-value))
 
 
 @triton.jit
@@ -156,12 +181,14 @@ def apply(
     there, column = pixel < pixels, pixel % columns
     own = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)[None, :]
     place = pixel // columns * row + column if APART else pixel
-    value = _value(maps + image * image_size, bias, None, None, place, own, there, D)
+    value = _value(maps + image * image_size, None, None, None, place, own, there, D)
     scale = tl.load(scales + image * 2 * D + own)
     shift = tl.load(scales + image * 2 * D + D + own)
+    if bias is not None:
+        shift += tl.load(bias + own).to(tl.float32) * scale
     value = value * scale + shift
     if SILU:
-        value = value / (1 + tl.exp(-value))
+        value = silu(value)
     if ROUNDED:
         value = rounded(value)
     value = value.to(out.dtype.element_ty)
@@ -171,7 +198,8 @@ def apply(
     if TO_STRIP:
         nothing = tl.zeros_like(value)
         tl.store(out + (place + 1) * D + own, nothing, there & (column == columns - 1))
-        tl.store(out + (place - 1) * D + own, nothing, pixel == 0)
+        if tl.program_id(0) // across == 0:
+            tl.store(out - D + own, tl.zeros([1, WIDTH], out.dtype.element_ty))
 
 
 @triton.jit
@@ -219,7 +247,7 @@ def held(
     scale = tl.load(weight + own, known, 0.0).to(tl.float32) * inverse
     value = value * scale + tl.load(bias + own, known, 0.0).to(tl.float32)
     if SILU:
-        value = value / (1 + tl.exp(-value))
+        value = silu(value)
     out += image * pixels * D
     tl.store(out + pixel * D + own, value.to(out.dtype.element_ty), there)
 
