@@ -52,20 +52,28 @@ def stream(
     batches = _Batches(held, split, batch_size, seed, start, share)
     if held is not dataset:
         return (batches[number] for number in _count())
-    loaded = _loaded(batches, num_workers)
+    loaded = _loaded(batches, _Count(), num_workers, seed)
     if device is None or device.type == "cpu":
         return loaded
     return ahead(loaded, device)
 
 
 def sweep(
-    dataset: Dataset, split: Split, batch_size: int, *, limit: int | None = None, seed: int = 0
+    dataset: Dataset,
+    split: Split,
+    batch_size: int,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """The first `limit` images of a split (all by default), each once, in order."""
+    """The first `limit` images of a split (all by default), each once, in order.
+
+    So many processes load them; the images do not depend on it.
+    """
     size = dataset.size(split) if limit is None else min(limit, dataset.size(split))
-    for begin in range(0, size, batch_size):
-        indices = torch.arange(begin, min(begin + batch_size, size))
-        yield dataset.batch(split, indices, generator("cpu", seed, split, "sweep", begin))
+    batches = _Sweep(dataset, split, batch_size, size, seed)
+    return _loaded(batches, range(-(-size // batch_size)), num_workers, seed)
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -114,16 +122,18 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def _loaded(batches: "_Batches", num_workers: int) -> Iterator[Batch]:
+def _loaded(
+    batches: TorchDataset[Batch], numbers: "_Count | range", num_workers: int, seed: int
+) -> Iterator[Batch]:
     if num_workers == 0:
-        return (batches[number] for number in _count())
+        return (batches[number] for number in numbers)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=_Count(),
+        sampler=numbers,
         num_workers=num_workers,
         collate_fn=_as_is,
-        generator=generator("cpu", batches.seed),  # else it draws from the stream of dropout
+        generator=generator("cpu", seed),  # else it draws from the stream of dropout
     )
     # Begun here, not at the first batch: processes are forked before there is a second thread.
     return _passed_on(iter(loader))
@@ -152,6 +162,21 @@ class _Batches(TorchDataset[Batch]):
         indices = _indices(self.dataset.size(self.split), self.seed, begin, self.num)
         return self.dataset.batch(
             self.split, indices, generator("cpu", self.seed, self.split, begin)
+        )
+
+
+class _Sweep(TorchDataset[Batch]):
+    def __init__(
+        self, dataset: Dataset, split: Split, batch_size: int, size: int, seed: int
+    ) -> None:
+        self.dataset, self.split, self.seed = dataset, split, seed
+        self.batch_size, self.size = batch_size, size
+
+    def __getitem__(self, number: int) -> Batch:
+        begin = number * self.batch_size
+        indices = torch.arange(begin, min(begin + self.batch_size, self.size))
+        return self.dataset.batch(
+            self.split, indices, generator("cpu", self.seed, self.split, "sweep", begin)
         )
 
 

@@ -92,6 +92,9 @@ def test_worker_processes_change_nothing_at_all():
     before = torch.get_rng_state()
     helped = stream(dataset, "train", 4, seed=3, start=4, num_workers=1)
     assert equal(alone, take(helped, 4))
+    swept = list(sweep(dataset, "train", 4, limit=9, seed=3, num_workers=2))
+    assert [len(batch.labels) for batch in swept] == [4, 4, 1]
+    assert equal(swept, sweep(dataset, "train", 4, limit=9, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -63,11 +63,13 @@ def cached(
     precision: CodingPrecision = "tf32",
     *,
     compile: bool = True,
+    num_workers: int = 0,
 ) -> Prepared:
     """The prepared data set of a split, from its file if there is one.
 
     On a GPU the encoder of many images runs by kernels of its own, or is compiled, unless `compile`
-    is False. Of several processes the first one names and writes the file, and the others wait.
+    is False. `num_workers` processes load the images, unless these are in memory. Of several
+    processes the first one names and writes the file, and the others wait.
     """
     # Agreed on: a last bit of the tokenizer's weights that differs must not make another name.
     key = sandbox.agree(_key(run, split, passes, limit) if sandbox.rank() == 0 else "")
@@ -79,7 +81,7 @@ def cached(
         size_at_once = min(batch_size, _BATCH_SIZE)
         compiled = compile and run.device.type == "cuda" and passes * size >= _NUM_COMPILED
         with _encoder(run, size_at_once, compiled) as encode, coding(run.device, precision):
-            _write(run, split, encode, size_at_once, passes, size, folder)
+            _write(run, split, encode, size_at_once, passes, size, folder, num_workers)
     sandbox.barrier()
     # Mapped for copy on write, since torch takes no read-only array; nothing is written.
     examples = np.load(folder / "examples.npy", mmap_mode="c", allow_pickle=False)
@@ -95,11 +97,16 @@ def _write(
     passes: int,
     size: int,
     folder: Path,
+    num_workers: int,
 ) -> None:
     target, labels, row = None, [], 0
     draft = folder / "examples.draft.npy"
+    if hasattr(run.dataset, "to") and run.dataset.to(torch.device("cpu")) is not run.dataset:
+        num_workers = 0  # in memory: each process would read it all
     for number in range(passes):
-        images = sandbox.sweep(run.dataset, split, batch_size, limit=size, seed=number)
+        images = sandbox.sweep(
+            *(run.dataset, split, batch_size), limit=size, seed=number, num_workers=num_workers
+        )
         for batch in sandbox.ahead(images, run.device):
             examples = _compact(run, encode(batch.images).cpu())
             if target is None:

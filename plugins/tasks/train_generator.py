@@ -114,6 +114,7 @@ class TrainGenerator:
             limit,
             params.encoder_precision,
             compile=params.compile != "off",
+            num_workers=params.num_workers,
         )
 
     def _read(self, run: sandbox.Run, images: Tensor) -> Tensor:

@@ -101,6 +101,23 @@ def test_a_cache_is_written_in_batches_of_a_size_that_fits(run, monkeypatch):
     assert (named_by, written) == (1, [4, 4, 2])
 
 
+def test_processes_load_what_is_cached_unless_it_is_in_memory(run, monkeypatch):
+    asked, sweep = [], sandbox.sweep
+
+    def asking(*words, num_workers, **named):
+        asked.append(num_workers)
+        return sweep(*words, num_workers=num_workers, **named)
+
+    monkeypatch.setattr(sandbox, "sweep", asking)
+    found = cached(run, "train", 4, 1, None, num_workers=2)
+    assert torch.equal(found.examples.long(), run.tokenizer.encode(run.dataset.images))
+    run.dataset.to = lambda device: run.dataset  # not in memory: it stays as it is
+    cached(run, "validation", 4, 1, None, num_workers=2)
+    run.dataset.to = lambda device: Noise(10)
+    cached(run, "validation", 4, 1, 5, num_workers=2)
+    assert asked == [2, 2, 0]
+
+
 def test_what_is_laid_out_for_speed_does_not_undo_the_precision(run, monkeypatch):
     switch, seen = torch.backends.cuda.matmul, []
 
