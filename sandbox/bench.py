@@ -4,6 +4,7 @@ It becomes a run of the one task `bench`, in a folder of its own. The data set i
 nothing else tells how many classes there are, or how large an image is.
 """
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from sandbox.registry import Registry
 from sandbox.run import execute
 from sandbox.task import Task
 
+LISTS = ("parts", "batch_sizes", "precision", "fast")
+"""Settings of which the command line takes several, by comma."""
 NUM_CLASSES = 1000
 """Where the recipe says nothing and the data set is not there: as in ImageNet."""
 
@@ -55,6 +58,15 @@ def measure(
         recipe.model_copy(update=parts), folder, name=name, command=command, fresh=True
     )
     return dict(results["1-bench"])
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of the task `bench`, as the command line has them."""
+    lists = {key: getattr(arguments, key) for key in LISTS}
+    settings = {key: text.split(",") for key, text in lists.items() if text is not None}
+    single = {key: getattr(arguments, key) for key in ("repeats", "compile")}
+    settings |= {key: value for key, value in single.items() if value is not None}
+    return settings | ({"profile": True} if arguments.profile else {})
 
 
 def _checked(registry: Registry, settings: Mapping[str, Any]) -> Any:

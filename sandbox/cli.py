@@ -120,6 +120,13 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--repeats", metavar="N", help="timed calls of everything")
     sub.add_argument("--compile", metavar="WHEN", help="auto, on, off: measure compiled too")
     sub.add_argument("--profile", action="store_true", help="keep kernels, and a Chrome trace")
+    sub.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="measure once with each value of a setting, each in a process of its own",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -202,28 +209,19 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     """Measure a recipe's generator and tokenizer on this machine; trains nothing."""
+    from sandbox import bench, varying
+
+    if arguments.vary:
+        out = arguments.out or Path("runs", f"bench-{arguments.recipe.stem}-varied")
+        return varying.measure_each(
+            arguments.vary, out, arguments, lambda text: print(text, flush=True)
+        )
     registry = _registry(arguments)
     recipe = _load(arguments, registry, preview := _wants_preview(arguments))
-    from sandbox.bench import measure
-
-    asked = {
-        "parts": _words(arguments.parts),
-        "batch_sizes": _words(arguments.batch_sizes),
-        "precision": _words(arguments.precision),
-        "fast": _words(arguments.fast),
-        "repeats": arguments.repeats,
-        "compile": arguments.compile,
-        "profile": arguments.profile or None,
-    }
-    settings = {key: value for key, value in asked.items() if value is not None}
-    name = f"bench-{arguments.recipe.stem}" + "-preview" * preview
-    out = arguments.out or Path("runs", name)
-    measure(recipe, registry, settings, out, name=arguments.recipe.stem, command=_command())
+    settings, name = bench.settings_of(arguments), arguments.recipe.stem
+    out = arguments.out or Path("runs", f"bench-{name}" + "-preview" * preview)
+    bench.measure(recipe, registry, settings, out, name=name, command=_command())
     return 0
-
-
-def _words(text: str | None) -> list[str] | None:
-    return None if text is None else text.split(",")
 
 
 def _plugins(arguments: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ LAYERS = [
     {"assembly", "record"},
     {"run"},
     {"bench", "notebook", "scaffold"},
+    {"varying"},
     {"cli"},
     {"__main__"},
 ]

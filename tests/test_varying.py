@@ -1,0 +1,81 @@
+"""`sandbox bench --vary`: a measurement for each value, each in a process of its own."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from test_bench import TINY, one_line
+
+from sandbox.testing import sandbox_project
+
+SMALL = ("--parts", "generation", "--batch-sizes", "1", "--repeats", "1")
+BACKEND = "generator.backbone.attention.name"
+
+
+@pytest.fixture
+def project(tmp_path):
+    return sandbox_project(tmp_path, {"tiny.yaml": TINY})
+
+
+def test_each_value_is_measured_and_all_stand_beside_each_other(project, capfd):
+    words = ("--vary", f"{BACKEND}=math,no-such", "--set", "seed=3", "--out", "out")
+    done = project.sandbox("bench", "tiny.yaml", *SMALL, *words)
+    assert done.status == 2  # as that of the one that failed
+    told = capfd.readouterr()
+    assert "no AttentionBackend is named 'no-such'" in told.err
+    kept = json.loads((project.folder / "out/bench.json").read_text())["variants"]
+    assert [each["settings"] for each in kept] == [{BACKEND: "math"}, {BACKEND: "no-such"}]
+    assert [each["status"] for each in kept] == [0, 2]
+    (row,) = kept[0]["measured"]["generation"]
+    assert row["batch_size"] == 1 and len(row["seconds"]) == 1
+    assert "measured" not in kept[1]
+    own = project.folder / "out" / kept[0]["folder"]
+    assert json.loads((own / "bench.json").read_text()) == kept[0]["measured"]
+    recipe = (own / "recipe.yaml").read_text()
+    assert "seed: 3" in recipe and "name: math" in recipe
+    first, second, *_ = lines = [line for line in done.out.splitlines() if "name=" in line][-2:]
+    assert len(lines) == 2 and first.split()[:4] == ["name=math", "generation", "float32", "1"]
+    assert second.split() == ["name=no-such", "failed", "(2)"]
+
+
+def test_every_combination_is_measured_and_parts_may_be_values(project, monkeypatch):
+    from sandbox import varying
+
+    asked = []
+
+    def run(command, check):
+        asked.append(command)
+        return type("Done", (), {"returncode": -9 if len(asked) == 2 else 1})
+
+    monkeypatch.setattr(varying.subprocess, "run", run)
+    depths = "generator.backbone.depth=1,2"
+    schedules = "tokenizer.schedule={name: sides, sides: [1, 2]},{name: sides, sides: [1, 3]}"
+    words = ("--vary", depths, "--vary", schedules, "--profile", "--full", "--precision", "float32")
+    done = project.sandbox("bench", "tiny.yaml", *SMALL, *words)
+    assert done.status == 9 and "everything is in runs/bench-tiny-varied" in done.out
+    sets = [tuple(word for before, word in pairwise(each) if before == "--set") for each in asked]
+    assert [one for one, _ in sets] == [f"generator.backbone.depth={n}" for n in (1, 1, 2, 2)]
+    sides = [json.loads(other.partition("=")[2])["sides"] for _, other in sets]
+    assert sides == [[1, 2], [1, 3]] * 2
+    for each in asked:
+        assert {"tiny.yaml", "--profile", "--full", "--precision", "--batch-sizes"} <= set(each)
+    kept = json.loads((project.folder / "runs/bench-tiny-varied/bench.json").read_text())
+    assert [each["status"] for each in kept["variants"]] == [1, -9, 1, 1]
+    assert project.sandbox("bench", "tiny.yaml", *words).status == 1  # into the same folder
+
+
+@pytest.mark.parametrize("word", ["depth", "=1,2", "depth=", "depth=[1", "depth={a"])
+def test_what_cannot_be_read_is_one_line(project, word):
+    done = project.sandbox("bench", "tiny.yaml", "--vary", word)
+    assert "expected KEY=VALUE,VALUE" in one_line(done) and word in done.err
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(project):
+    for name, text in {"notes.txt": "mine", "bench.json": '{"generation": []}'}.items():
+        folder = project.folder / f"of {name}"
+        folder.mkdir()
+        (folder / name).write_text(text)
+        words = ("--vary", "seed=1,2", "--out", str(folder))
+        said = one_line(project.sandbox("bench", "tiny.yaml", *words))
+        assert "something other than such measurements" in said
+        assert [path.name for path in folder.iterdir()] == [name]
