@@ -40,7 +40,7 @@ def measure_each(
     found, worst = list[dict[str, Any]](), 0
     for chosen in product(*choices):
         settings = dict(chosen)
-        name = ", ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in chosen)
+        name = ", ".join(f"{_last(key)}={_short(value)}" for key, value in chosen)
         say(f"== {name}")
         place = folder / f"{len(found) + 1}-{''.join(c if c.isalnum() else '-' for c in name)[:60]}"
         sets = [word for key, value in chosen for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -77,6 +77,11 @@ def _is_ours(folder: Path) -> bool:
     kept = folder / KEPT
     known = json.loads(kept.read_text()) if kept.is_file() else {}
     return not any(folder.iterdir()) or (isinstance(known, dict) and "variants" in known)
+
+
+def _last(key: str) -> str:
+    """What a key is of: `attention` of `generator.backbone.attention.name`."""
+    return key.removesuffix(".name").rpartition(".")[2]
 
 
 def _short(value: Any) -> str:

@@ -33,9 +33,9 @@ def test_each_value_is_measured_and_all_stand_beside_each_other(project, capfd):
     assert json.loads((own / "bench.json").read_text()) == kept[0]["measured"]
     recipe = (own / "recipe.yaml").read_text()
     assert "seed: 3" in recipe and "name: math" in recipe
-    first, second, *_ = lines = [line for line in done.out.splitlines() if "name=" in line][-2:]
-    assert len(lines) == 2 and first.split()[:4] == ["name=math", "generation", "float32", "1"]
-    assert second.split() == ["name=no-such", "failed", "(2)"]
+    lines = [line.split() for line in done.out.splitlines() if "attention=" in line]
+    assert lines[-2][:4] == ["attention=math", "generation", "float32", "1"]
+    assert lines[-1] == ["attention=no-such", "failed", "(2)"]
 
 
 def test_every_combination_is_measured_and_parts_may_be_values(project, monkeypatch):
