@@ -14,7 +14,8 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product, repeat
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from sandbox_plugins.tasks.encoding import coding, coding_precision, in_bulk
 
 RECIPE = Path(__file__).parents[1] / "recipes/sample_var_d16.yaml"
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
+AHEAD = 6
+"""Batches that are loaded before they are asked for, at most, and two more for each process."""
 
 
 def main() -> None:
@@ -35,13 +38,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=2048, help="files, each read once a row")
+    parser.add_argument("--images", type=int, default=1024, help="files")
+    parser.add_argument("--batches", type=int, default=64, help="timed in every cell of the table")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="processes")
     options = parser.parse_args()
     device = torch.device(options.device)
     tokenizer = sandbox.load(RECIPE, "weights={}", device=options.device).tokenizer
+    if options.images < options.batch_size:
+        parser.error("--images: fewer than a batch")
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = write_images(Path(folder), options.images)
         print(
@@ -54,7 +60,7 @@ def main() -> None:
         quick = in_bulk(tokenizer, device, compiled=device.type == "cuda")
         with torch.no_grad(), quick, coding(device, coding_precision(device, "tf32")):
             blank = torch.zeros(options.batch_size, 3, *tokenizer.image_size, device=device)
-            held = per_second(lambda: [blank] * 16, tokenizer.encode, options, device)
+            held = per_second(lambda: repeat(blank), tokenizer.encode, 2, options, device)
             for threads, workers in product(options.threads, options.workers):
                 rates = loaded_and_tokenized(
                     Path(folder), threads, workers, tokenizer, options, device
@@ -67,17 +73,20 @@ def write_images(folder: Path, count: int) -> int:
     """So many JPEGs in one class's folder, and their bytes in all."""
     (folder / "train/any").mkdir(parents=True)
     (folder / "val/any").mkdir(parents=True)
-    rng, total = torch.Generator().manual_seed(0), 0
-    for number in range(count):
+    picture(count).save(folder / "val/any/0.jpg")
+
+    def write(number: int) -> int:
         path = folder / f"train/any/{number:05}.jpg"
-        picture(rng).save(path, quality=QUALITY)
-        total += path.stat().st_size
-    picture(rng).save(folder / "val/any/0.jpg")
-    return total
+        picture(number).save(path, quality=QUALITY)
+        return path.stat().st_size
+
+    with ThreadPoolExecutor() as pool:
+        return sum(pool.map(write, range(count)))
 
 
-def picture(rng: torch.Generator) -> Image.Image:
+def picture(seed: int) -> Image.Image:
     """Noise whose octaves are about as strong as a photograph's."""
+    rng = torch.Generator().manual_seed(seed)
     mixed = torch.zeros(1, 3, HEIGHT, WIDTH)
     for octave in range(8):
         noise = torch.randn(1, 3, 3 * 2**octave // 2 + 1, 2 ** (octave + 1), generator=rng)
@@ -102,32 +111,31 @@ def loaded_and_tokenized(
         batches = sandbox.stream(
             *(dataset, "train", options.batch_size), seed=0, num_workers=workers, device=device
         )
-        for _ in range(options.images // options.batch_size):
-            yield next(batches).images
+        yield from (batch.images for batch in batches)
 
+    ready = AHEAD + 2 * workers
     return (
-        per_second(images, lambda batch: None, options, device),
-        per_second(images, tokenizer.encode, options, device),
+        per_second(images, lambda batch: None, ready, options, device),
+        per_second(images, tokenizer.encode, ready, options, device),
     )
 
 
 def per_second(
-    images: Callable[[], "Iterator[Tensor] | list[Tensor]"],
+    images: Callable[[], Iterator[Tensor]],
     use: Callable[[Tensor], object],
+    ready: int,
     options: argparse.Namespace,
     device: torch.device,
 ) -> float:
-    """Images a second from the second batch's coming on: the first finds everything cold."""
-    began, count = 0.0, 0
-    for number, batch in enumerate(images()):
-        use(batch)
-        if number == 1:
+    """Images a second after the first `ready` batches, which may have been loaded before."""
+    coming, began = images(), 0.0
+    for number in range(ready + options.batches):
+        if number == ready:
             settle(device)
             began = time.perf_counter()
-        elif number > 1:
-            count += len(batch)
+        use(next(coming))
     settle(device)
-    return count / (time.perf_counter() - began)
+    return options.batches * options.batch_size / (time.perf_counter() - began)
 
 
 def settle(device: torch.device) -> None:

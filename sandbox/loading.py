@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from sandbox.errors import SandboxError
+from sandbox.errors import RunError, SandboxError
 from sandbox.interfaces import Dataset
 from sandbox.seeds import generator
 from sandbox.values import Batch, Split
@@ -128,7 +128,7 @@ def _loaded(
     if num_workers == 0:
         return (batches[number] for number in numbers)
     loader = DataLoader(
-        batches,
+        _Telling(batches),
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
@@ -139,8 +139,24 @@ def _loaded(
     return _passed_on(iter(loader))
 
 
-def _passed_on(batches: Iterator[Batch]) -> Iterator[Batch]:
-    yield from batches  # a generator, which can be closed
+def _passed_on(batches: Iterator[Batch | SandboxError | RunError]) -> Iterator[Batch]:
+    for batch in batches:  # a generator, which can be closed
+        if isinstance(batch, SandboxError | RunError):
+            raise batch
+        yield batch
+
+
+class _Telling(TorchDataset[Batch | SandboxError | RunError]):
+    """Batches, and what is wrong with one as it was said: a loader would add where in its code."""
+
+    def __init__(self, batches: TorchDataset[Batch]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Batch | SandboxError | RunError:
+        try:
+            return self.batches[number]
+        except (SandboxError, RunError) as error:
+            return error
 
 
 class _Batches(TorchDataset[Batch]):

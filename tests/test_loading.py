@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox import Batch, SandboxError, ahead, stream, sweep, to_device
+from sandbox import Batch, RunError, SandboxError, ahead, stream, sweep, to_device
 from sandbox.loading import NUM_AHEAD
 
 seeds = st.integers(0, 2**31 - 1)
@@ -96,6 +96,16 @@ def test_worker_processes_change_nothing_at_all():
     assert [len(batch.labels) for batch in swept] == [4, 4, 1]
     assert equal(swept, sweep(dataset, "train", 4, limit=9, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_is_wrong_with_a_batch_is_told_as_it_was_said(num_workers):
+    class Damaged(Numbered):
+        def batch(self, split, indices, rng):
+            raise RunError(f"image {int(indices[0])} cannot be read")
+
+    with pytest.raises(RunError, match=r"^image 0 cannot be read$"):
+        next(sweep(Damaged(4), "train", 2, num_workers=num_workers))
 
 
 def test_an_empty_split_is_refused_at_once():

@@ -3,11 +3,12 @@
 The one idea to hold: whatever reads a map reads all channels of a pixel together, as they lie.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-_ON_A_GPU = tl.constexpr(not triton.knobs.runtime.interpret)
-"""Whether there is a GPU's assembly; the interpreter has none."""
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+"""Whether NVIDIA's assembly can be written; not where kernels are interpreted."""
 
 
 @triton.jit
@@ -84,7 +85,7 @@ def rounded(value):
 @triton.jit
 def silu(value):
     """To float32's last digits: without what a division does for numbers that are not met here."""
-    if _ON_A_GPU:
+    if _HAS_PTX:
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;
@@ -185,7 +186,11 @@ def apply(
     scale = tl.load(scales + image * 2 * D + own)
     shift = tl.load(scales + image * 2 * D + D + own)
     if bias is not None:
-        shift += tl.load(bias + own).to(tl.float32) * scale
+        added = tl.load(bias + own).to(tl.float32)
+        if maps.dtype.element_ty == tl.float32 and not ROUNDED:  # a large bias would cost digits
+            value += added
+        else:
+            shift += added * scale
     value = value * scale + shift
     if SILU:
         value = silu(value)

@@ -1,6 +1,5 @@
 """Image files in class folders, as in ImageNet, decoded when they are asked for."""
 
-import os
 import struct
 import warnings
 import zlib
@@ -16,7 +15,6 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 import sandbox
 
@@ -35,7 +33,7 @@ class ImageFolder:
 
     The shorter side is resized to 1.125 times the crop (Lanczos); training crops at random,
     validation in the middle. EXIF orientation is ignored, as published. Files that could not be
-    read and were skipped stand in `skipped`.
+    read and were skipped stand in `skipped`, of each process that loads its own.
     """
 
     class Params(sandbox.Params):
@@ -55,9 +53,8 @@ class ImageFolder:
         """Share of the images that is held out where there are no folders train and val."""
         seed: int = Field(default=0, ge=0)
         """Which images are held out."""
-        num_workers: int | None = Field(default=None, ge=1, le=256)
-        """Threads that decode; they change the speed and never the images. When absent one for each
-        processor core, shared by the processes that load."""
+        num_workers: int = Field(default=4, ge=1, le=256)
+        """Threads that decode; they change the speed and never the images."""
         in_memory: bool = False
         """Decode every image once and keep it as bytes, on the GPU where the training is there: 1.3
         times the bytes of the crops. Of long images only the middle is kept."""
@@ -144,7 +141,7 @@ class ImageFolder:
         places: list[list[float] | None],
         size: tuple[int, int],
     ) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, " b"]]:
-        with ThreadPoolExecutor(self._params.num_workers or _num_threads()) as pool:
+        with ThreadPoolExecutor(self._params.num_workers) as pool:
             jobs = zip(indices, places, strict=True)
             loading = pool.map(lambda job: self._load(split, *job, size), jobs)
             images = torch.empty(len(indices), 3, *size, dtype=torch.uint8)
@@ -191,12 +188,6 @@ class ImageFolder:
                     f"image-folder: skipped {path}, which cannot be read as an image ({reason})",
                     stacklevel=3,
                 )
-
-
-def _num_threads() -> int:
-    """This process's share of the cores, among those that load."""
-    loading = get_worker_info()
-    return max(1, (os.cpu_count() or 1) // (loading.num_workers if loading else 1))
 
 
 def _cover(size: tuple[int, int]) -> tuple[int, int]:

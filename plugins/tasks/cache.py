@@ -101,8 +101,9 @@ def _write(
 ) -> None:
     target, labels, row = None, [], 0
     draft = folder / "examples.draft.npy"
-    if hasattr(run.dataset, "to") and run.dataset.to(torch.device("cpu")) is not run.dataset:
-        num_workers = 0  # in memory: each process would read it all
+    if num_workers and hasattr(run.dataset, "to"):
+        held = run.dataset.to(torch.device("cpu")) is not run.dataset
+        num_workers = 0 if held else num_workers  # of what is in memory each would read it all
     for number in range(passes):
         images = sandbox.sweep(
             *(run.dataset, split, batch_size), limit=size, seed=number, num_workers=num_workers

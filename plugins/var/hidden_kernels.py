@@ -12,8 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-_ON_A_GPU = tl.constexpr(not triton.knobs.runtime.interpret)
-"""Whether there is a GPU's assembly; the interpreter has none."""
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None)
+"""Whether NVIDIA's assembly can be written; not where kernels are interpreted."""
 COLUMNS, ROWS = 1024, 4
 """Of a tile."""
 SHARES = 264
@@ -102,7 +102,7 @@ def _gradients(
 def _open(x):
     """How far GELU's tanh form, with sqrt(2 / pi) (x + 0.044715 x^3) in it, lets a number pass."""
     steep = x * (2.302208198144325 + 0.10294324 * x * x)  # log2(e) times the tanh's, twice
-    if _ON_A_GPU:  # a division minds numbers that are not met here
+    if _HAS_PTX:  # a division minds numbers that are not met here
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;

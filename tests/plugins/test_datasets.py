@@ -1,9 +1,7 @@
 """The four data sets, on small files written here."""
 
 import gzip
-import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sandbox import RunError, SandboxError
-from sandbox_plugins.datasets import image_folder
 from sandbox_plugins.datasets.cifar10 import Cifar10
 from sandbox_plugins.datasets.idx import Idx
 from sandbox_plugins.datasets.image_folder import ImageFolder
@@ -260,15 +257,6 @@ def test_validation_crops_the_middle_of_the_published_resize(tmp_path):
         pixels = np.array(resized.crop((4, 1, 20, 17)))
         candidates.append(torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1)
     assert any(torch.allclose(got, candidate, atol=1e-6) for candidate in candidates)
-
-
-def test_processes_that_load_share_the_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert image_folder._num_threads() == 7
-    for num_workers, share in ((1, 7), (3, 2), (9, 1)):
-        worker = SimpleNamespace(num_workers=num_workers)
-        monkeypatch.setattr(image_folder, "get_worker_info", lambda worker=worker: worker)
-        assert image_folder._num_threads() == share
 
 
 def test_training_crops_vary_flips_are_off_by_default_and_workers_change_nothing(tmp_path):

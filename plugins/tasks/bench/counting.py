@@ -33,15 +33,13 @@ HOW = {
     "first_seconds": "the first call, with all that is set up then: compiled kernels and "
     "attention's picks where there were none before, and a generation's CUDA graph",
     "ended_seconds": "since the measurement began, as `began_seconds` (which is when the row "
-    "before ended): what a row took beyond its calls, it compiled or counted, or a trace was made",
+    "before ended): what a row took beyond its calls, it compiled or counted",
     "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",
-    "kernels": "with `profile`, what ran on the device in one call more (on a CPU, operators), the "
-    "60 that took longest; `kernels_seconds` is what all took, roughly the row's seconds less the "
-    "time in which nothing ran (kernels may run side by side, and watching them takes time); "
-    "`kernels_launched` is how many there were, copies and fills included, and "
-    "`kernels_gaps_seconds` in how much of the time from first to last none ran. Where "
-    "launching counts, as at batch 1, rows after a profile in the same process were seen to take "
-    "longer",
+    "kernels": "with `profile`, what ran on the device in one call more (on a CPU, operators), "
+    "made when all rows had been timed, the 60 that took longest; `kernels_seconds` is what all "
+    "took, roughly the row's seconds less the time in which nothing ran (kernels may run side by "
+    "side, and watching them takes time); `kernels_launched` is how many there were, copies and fills included, and "
+    "`kernels_gaps_seconds` in how much of the time from first to last none ran",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",

@@ -59,7 +59,8 @@ class Bench:
         """Calls before, which are not timed."""
         profile: bool = False
         """Also keep one generation as `trace.json`, which chrome://tracing and Perfetto show, and
-        in `bench.json` the kernels of one call of every row, when all have been timed."""
+        in `bench.json` the kernels of one call of every row: made again, compiled and recorded
+        anew, when all have been timed."""
         compile: sandbox.Switch = "auto"
         """Whether encoding, decoding and training are measured compiled too, at the largest batch
         size: minutes, on a GPU, of compiling. `auto`: on a GPU."""
