@@ -38,8 +38,9 @@ HOW = {
     "kernels": "with `profile`, what ran on the device in one call more (on a CPU, operators), "
     "made when all rows had been timed, the 60 that took longest; `kernels_seconds` is what all "
     "took, roughly the row's seconds less the time in which nothing ran (kernels may run side by "
-    "side, and watching them takes time); `kernels_launched` is how many there were, copies and fills included, and "
-    "`kernels_gaps_seconds` in how much of the time from first to last none ran",
+    "side, and watching them takes time); `kernels_launched` is how many there were, copies and "
+    "fills included, and `kernels_gaps_seconds` in how much of the time from first to last none "
+    "ran",
     "peak_bytes": "tensors allocated on a GPU, weights included; on a CPU the process's resident "
     "set, torch itself included",
     "ceilings": "the best of a few products and copies, which others' work here slows down",
