@@ -87,8 +87,7 @@ def append(
     out = qkv.new_empty(b, n, heads, e)
     queries, keys = tiles(b * heads, n, start + n, e, qkv.dtype)
     across, new = triton.cdiv(n, queries), max(triton.next_power_of_2(n), 16)
-    many = queries == MOST and b * heads >= 8 * FILL  # each with less to hold, more run at a time
-    keys = min(keys, 32 if many else max(triton.next_power_of_2(start), 32))
+    keys = min(keys, max(triton.next_power_of_2(start), 32))
     with torch.cuda.device_of(qkv):
         _append[(b * heads * across,)](
             qkv.contiguous(),

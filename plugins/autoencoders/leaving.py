@@ -108,7 +108,7 @@ def _tap(
             value += tl.load(bias + own).to(tl.float32)
         value *= tl.load(scales + image * 2 * D + own)
         value += tl.load(scales + image * 2 * D + D + own)
-        value = tl.where(there, norm_kernels.silu(value), 0.0)
+        value = tl.where(there, value / (1 + tl.exp(-value)), 0.0)
         if maps.dtype.element_ty == tl.float32:
             value = norm_kernels.rounded(value)
         rows = start + tl.arange(0, BLOCK)[:, None]
