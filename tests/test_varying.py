@@ -1,12 +1,19 @@
 """`sandbox bench --vary`: a measurement for each value, each in a process of its own."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
-from test_bench import TINY, one_line
+from test_bench import TINY, one_line, small_ceilings
 
 from sandbox.testing import sandbox_project
+
+__all__ = ["small_ceilings"]
+
+pytestmark = pytest.mark.usefixtures("one_thread", "small_ceilings")
 
 SMALL = ("--parts", "generation", "--batch-sizes", "1", "--repeats", "1")
 BACKEND = "generator.backbone.attention.name"
@@ -17,12 +24,19 @@ def project(tmp_path):
     return sandbox_project(tmp_path, {"tiny.yaml": TINY})
 
 
-def test_each_value_is_measured_and_all_stand_beside_each_other(project, capfd):
+def test_each_value_is_measured_and_all_stand_beside_each_other(project, monkeypatch):
+    def run(command, **named):  # here, where ceilings are small
+        if list(command[:3]) != [sys.executable, "-m", "sandbox"]:
+            return elsewhere(command, **named)
+        outcomes.append(project.sandbox(*command[3:]))
+        return SimpleNamespace(returncode=outcomes[-1].status)
+
+    elsewhere, outcomes = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", run)
     words = ("--vary", f"{BACKEND}=math,no-such", "--set", "seed=3", "--out", "out")
     done = project.sandbox("bench", "tiny.yaml", *SMALL, *words)
     assert done.status == 2  # as that of the one that failed
-    told = capfd.readouterr()
-    assert "no AttentionBackend is named 'no-such'" in told.err
+    assert [each.status for each in outcomes] == [0, 2], outcomes
     kept = json.loads((project.folder / "out/bench.json").read_text())["variants"]
     assert [each["settings"] for each in kept] == [{BACKEND: "math"}, {BACKEND: "no-such"}]
     assert [each["status"] for each in kept] == [0, 2]
@@ -33,21 +47,25 @@ def test_each_value_is_measured_and_all_stand_beside_each_other(project, capfd):
     assert json.loads((own / "bench.json").read_text()) == kept[0]["measured"]
     recipe = (own / "recipe.yaml").read_text()
     assert "seed: 3" in recipe and "name: math" in recipe
-    lines = [line.split() for line in done.out.splitlines() if "attention=" in line]
-    assert lines[-2][:4] == ["attention=math", "generation", "float32", "1"]
-    assert lines[-1] == ["attention=no-such", "failed", "(2)"]
+    lines = [line.split() for line in done.out.splitlines() if line.startswith("attention=")]
+    assert lines[0][:4] == ["attention=math", "generation", "float32", "1"]
+    assert lines[1] == ["attention=no-such", "failed", "(2)"]
+
+
+def test_each_is_a_process_of_its_own(project, capfd):
+    words = ("--vary", f"{BACKEND}=no-such")
+    assert project.sandbox("bench", "tiny.yaml", *SMALL, *words).status == 2
+    assert "no AttentionBackend is named 'no-such'" in capfd.readouterr().err
 
 
 def test_every_combination_is_measured_and_parts_may_be_values(project, monkeypatch):
-    from sandbox import varying
-
     asked = []
 
     def run(command, check):
         asked.append(command)
-        return type("Done", (), {"returncode": -9 if len(asked) == 2 else 1})
+        return SimpleNamespace(returncode=-9 if len(asked) == 2 else 1)
 
-    monkeypatch.setattr(varying.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     depths = "generator.backbone.depth=1,2"
     schedules = "tokenizer.schedule={name: sides, sides: [1, 2]},{name: sides, sides: [1, 3]}"
     words = ("--vary", depths, "--vary", schedules, "--profile", "--full", "--precision", "float32")
