@@ -224,7 +224,7 @@ for kernels.PROGRAMS in (1, 528):
 assert_trains(EXACT)
 assert_sound("cpu", torch.float32)
 
-x = 3 * 65 * 64  # more than any weight has; and with it the product is 3 x, of which queries and keys were copies
+x = 3 * 65 * 64  # more than a weight has; the product is 3 x, queries and keys were copies of it
 ours, plain = saved(True), saved(False)
 assert plain[0] == 3 * x and ours[0] == x
 assert sum(ours) < sum(plain) - 1.8 * x
