@@ -20,7 +20,6 @@ from sandbox.checkpoint import write_json
 from sandbox.errors import SandboxError
 
 KEPT = "bench.json"
-PARTS = ("generation", "encoding", "decoding", "training")
 
 
 def measure_each(
@@ -106,7 +105,8 @@ def _table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
     header = ("variant", "part", "precision", "batch", "how", "ms", "images/s", "GiB")
     lines = [header]
     for each in found:
-        rows = [(part, row) for part in PARTS for row in each.get("measured", {}).get(part, [])]
+        measured = each.get("measured", {"settings": {"parts": []}})
+        rows = [(part, row) for part in measured["settings"]["parts"] for row in measured[part]]
         lines += [(each["name"], *_cells(part, row)) for part, row in rows]
         if not rows:
             lines.append((each["name"], f"failed ({each['status']})", *[""] * 6))

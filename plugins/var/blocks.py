@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import sandbox
 from sandbox import Mask
 
+from .. import products
 from . import between, hidden, operators
 
 LAYER_NORM_EPS = 1e-6
@@ -123,6 +124,8 @@ class Block(nn.Module):
             return self.ffn.drop2(fc2(self.widened(x)))
         if not drawing():
             return self.ffn(x)
+        if products.suits(x, fc1.weight):
+            return linear(products.linear(x, fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias)
         return linear(gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
 
 
@@ -132,13 +135,9 @@ def drawing() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer; compiled to draw on a CPU, its bias is for the kernel that comes after it.
-
-    There a product with a bias begins by copying that to every row. In 16 bits the sum would be
-    rounded once more.
-    """
-    if x.device.type == "cpu" and weight.dtype == torch.float32 and drawing():
-        return F.linear(x, weight) + bias
+    """A linear layer; compiled to draw on a CPU, in float32, by a library that suits it better."""
+    if drawing() and products.suits(x, weight):
+        return products.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
