@@ -44,6 +44,7 @@ _HOME = {
     "parts": ["Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
     "precision": ["exact_float32", "float32_products", "products_of_float32"],
+    "products": ["onednn_linear", "suits_onednn"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["quickened", "refresh", "render"],
     "replay": ["Followed", "NotRecorded", "Recording", "Recordings"],

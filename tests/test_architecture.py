@@ -27,6 +27,7 @@ LAYERS = [
         "precision",
         "compiler",
         "launching",
+        "products",
         "replay",
     },
     {"values", "parts", "hooks"},

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sandbox
-from sandbox import Mask
+from sandbox import Mask, onednn_linear, suits_onednn
 
-from .. import products
 from . import between, hidden, operators
 
 LAYER_NORM_EPS = 1e-6
@@ -124,8 +123,8 @@ class Block(nn.Module):
             return self.ffn.drop2(fc2(self.widened(x)))
         if not drawing():
             return self.ffn(x)
-        if products.suits(x, fc1.weight):
-            return linear(products.linear(x, fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias)
+        if suits_onednn(x, fc1.weight):
+            return linear(onednn_linear(x, fc1.weight, fc1.bias, gelu=True), fc2.weight, fc2.bias)
         return linear(gelu(linear(x, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
 
 
@@ -136,8 +135,8 @@ def drawing() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer; compiled to draw on a CPU, in float32, by a library that suits it better."""
-    if drawing() and products.suits(x, weight):
-        return products.linear(x, weight, bias)
+    if drawing() and suits_onednn(x, weight):
+        return onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import products
+import sandbox
+
 from .clock import Clock, Precision, attempt
 
 _REPEATS = 5
@@ -20,7 +21,7 @@ def matrix_product(clock: Clock, precision: Precision) -> dict[str, Any]:
     """TFLOP/s of a square product, the best of a few, the right factor transposed and not.
 
     A network's layers have it transposed. In float32 it is what torch does unasked, so not TF32; on
-    a CPU also what `products` does, which may be faster.
+    a CPU also what oneDNN does, which may be faster.
     """
     side, calls = _SIDE[clock.device.type], 4 if clock.on_gpu else 1  # launching hides in four
 
@@ -34,8 +35,9 @@ def matrix_product(clock: Clock, precision: Precision) -> dict[str, Any]:
                 torch.mm(left, factor, out=out)
 
         seconds = [*_best(clock, lambda: call(right)), *_best(clock, lambda: call(right.T))]
-        if products.suits(left, right):
-            seconds += _best(clock, partial(products.linear, left, right, left.new_zeros(side)))
+        if sandbox.suits_onednn(left, right):
+            zeros = left.new_zeros(side)
+            seconds += _best(clock, partial(sandbox.onednn_linear, left, right, zeros))
         flops = 2 * side**3 * calls
         return {"side": side, "seconds": seconds, "flops_per_second": flops / min(seconds)}
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from sandbox_plugins import products
+from sandbox import products
 
 SIZES = st.integers(1, 40)
 
@@ -21,7 +21,7 @@ def test_they_are_those_of_a_linear_layer(b, n, d, f, gelu, turned):
     x, weight, bias = torch.randn(b, n, d), torch.randn(f, d), torch.randn(f)
     if turned:
         x, weight = x.mT.contiguous().mT, weight.T.contiguous().T
-    made = products.linear(x, weight, bias, gelu)
+    made = products.onednn_linear(x, weight, bias, gelu)
     assert made.shape == (b, n, f) and made.is_contiguous()
     torch.testing.assert_close(made, plainly(x, weight, bias, gelu), rtol=1e-5, atol=1e-5)
 
@@ -30,7 +30,7 @@ def test_gelu_is_as_close_as_that_of_torch():
     x = torch.linspace(-12, 12, 4001)[:, None]
     one, none = torch.ones(1, 1), torch.zeros(1)
     exact = plainly(x, one, none, True)
-    error = (products.linear(x, one, none, True) - exact).abs().max()
+    error = (products.onednn_linear(x, one, none, True) - exact).abs().max()
     assert error <= 2 * (F.gelu(x, approximate="tanh") - exact).abs().max()
 
 
@@ -39,7 +39,7 @@ def test_gelu_is_as_close_as_that_of_torch():
 def test_few_rows_and_what_is_not_finite_are_as_in_a_layer(rows, gelu):
     x, weight, bias = torch.randn(rows, 8), torch.randn(4, 8), torch.randn(4)
     x[0, 0], x[1, 1], x[2, 2] = torch.nan, torch.inf, 1e30
-    made = products.linear(x, weight, bias, gelu)
+    made = products.onednn_linear(x, weight, bias, gelu)
     torch.testing.assert_close(made, plainly(x, weight, bias, gelu), equal_nan=True)
 
 
@@ -52,7 +52,7 @@ def test_without_onednn_the_layer_itself_does_it(monkeypatch):
     try:
         x, weight, bias = torch.randn(20, 8), torch.randn(4, 8), torch.randn(4)
         assert not products.runs()
-        assert torch.equal(products.linear(x, weight, bias), F.linear(x, weight, bias))
+        assert torch.equal(products.onednn_linear(x, weight, bias), F.linear(x, weight, bias))
     finally:
         products.runs.cache_clear()
 
@@ -60,5 +60,5 @@ def test_without_onednn_the_layer_itself_does_it(monkeypatch):
 def test_the_operator_keeps_the_compilers_rules():
     made = torch.randn(2, 20, 8), torch.randn(4, 8), torch.randn(4)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(products.linear, (*made, True), test_utils=tests)
-    torch.library.opcheck(products.linear, made, test_utils=tests)
+    torch.library.opcheck(products.onednn_linear, (*made, True), test_utils=tests)
+    torch.library.opcheck(products.onednn_linear, made, test_utils=tests)

@@ -16,13 +16,13 @@ FEWEST = 16
 """Rows from which on it is no slower to call."""
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is for their product: of float32, on a CPU."""
+def suits_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn_linear` is for their product: of float32, on a CPU."""
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
 
 
-@torch.library.custom_op("var_sandbox::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+@torch.library.custom_op("var_sandbox::onednn_linear", mutates_args=())
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     """A linear layer of `b n d`, `f d` and `f`, and GELU in its tanh form; without gradients."""
     if x.numel() >= FEWEST * x.shape[-1] and runs():
         how = ("gelu", "tanh") if gelu else ("none", "")
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tenso
     return F.gelu(made, approximate="tanh") if gelu else made
 
 
-@linear.register_fake
+@onednn_linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
 
