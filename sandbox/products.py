@@ -26,7 +26,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -
     """A linear layer of `b n d`, `f d` and `f`, and GELU in its tanh form; without gradients."""
     if x.numel() >= FEWEST * x.shape[-1] and runs():
         how = ("gelu", "tanh") if gelu else ("none", "")
-        return _onednn()(x.contiguous(), weight, bias, how[0], [], how[1])
+        product: Tensor = _onednn()(x.contiguous(), weight, bias, how[0], [], how[1])
+        return product
     made = F.linear(x, weight, bias)
     return F.gelu(made, approximate="tanh") if gelu else made
 
