@@ -5,11 +5,12 @@ augmentation derive from the seed. So a loader started at any batch goes on exac
 from the beginning, with any number of worker processes, and wherever the images lie.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def _loaded(
     if num_workers == 0:
         return (batches[number] for number in numbers)
     loader = DataLoader(
-        _Telling(batches),
+        _Answering(batches),
         batch_size=None,
         sampler=numbers,
         num_workers=num_workers,
@@ -139,24 +140,51 @@ def _loaded(
     return _passed_on(iter(loader))
 
 
-def _passed_on(batches: Iterator[Batch | SandboxError | RunError]) -> Iterator[Batch]:
-    for batch in batches:  # a generator, which can be closed
-        if isinstance(batch, SandboxError | RunError):
-            raise batch
-        yield batch
+class _Answer(NamedTuple):
+    """A batch, or what is wrong with it, and what was warned of meanwhile, as text: an exception
+    may not survive the way between processes, and a loader would add where in its code."""
+
+    batch: Batch | None
+    wrong: tuple[str, str] | None
+    warned: list[tuple[str, type[Warning]]]
 
 
-class _Telling(TorchDataset[Batch | SandboxError | RunError]):
-    """Batches, and what is wrong with one as it was said: a loader would add where in its code."""
-
+class _Answering(TorchDataset[_Answer]):
     def __init__(self, batches: TorchDataset[Batch]) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> Batch | SandboxError | RunError:
-        try:
-            return self.batches[number]
-        except (SandboxError, RunError) as error:
-            return error
+    def __getitem__(self, number: int) -> _Answer:
+        batch = wrong = None
+        with warnings.catch_warnings(record=True) as caught:
+            try:
+                batch = self.batches[number]
+            except tuple(_TOLD.values()) as error:
+                kind = next(kind for kind, of in _TOLD.items() if isinstance(error, of))
+                wrong = kind, str(error)
+        return _Answer(batch, wrong, [(str(each.message), each.category) for each in caught])
+
+
+_TOLD: dict[str, type[Exception]] = {
+    "sandbox": SandboxError,
+    "run": RunError,
+    "value": ValueError,
+    "os": OSError,
+}
+"""What a run tells in one line, by name."""
+
+
+def _passed_on(answers: Iterator[_Answer]) -> Iterator[Batch]:
+    told = set[str]()
+    for answer in answers:
+        for text, category in answer.warned:
+            if text not in told:  # each process warns of what it meets
+                told.add(text)
+                warnings.warn(text, category, stacklevel=2)
+        if answer.wrong is not None:
+            kind, text = answer.wrong
+            raise _TOLD[kind](text)
+        if answer.batch is not None:
+            yield answer.batch
 
 
 class _Batches(TorchDataset[Batch]):

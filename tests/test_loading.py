@@ -1,6 +1,7 @@
 """Batches depend on the seed and the position: on nothing that came before, and on no process."""
 
 import threading
+import warnings
 from itertools import islice
 
 import pytest
@@ -106,6 +107,41 @@ def test_what_is_wrong_with_a_batch_is_told_as_it_was_said(num_workers):
 
     with pytest.raises(RunError, match=r"^image 0 cannot be read$"):
         next(sweep(Damaged(4), "train", 2, num_workers=num_workers))
+
+
+class UnreadableError(RunError):
+    def __init__(self, path, why):
+        super().__init__(f"{path}: {why}")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (ValueError("4 channels"), ValueError, "4 channels"),
+        (FileNotFoundError(2, "No such file", "a.png"), OSError, "[Errno 2] No such file: 'a.png'"),
+        (UnreadableError("a.png", "cut short"), RunError, "a.png: cut short"),
+    ],
+)
+def test_mistakes_of_every_kind_come_from_a_process_in_one_line(num_workers, error, kind, text):
+    class Damaged(Numbered):
+        def batch(self, split, indices, rng):
+            raise error
+
+    with pytest.raises(kind) as caught:
+        next(sweep(Damaged(4), "train", 2, num_workers=num_workers))
+    assert str(caught.value) == text
+
+
+def test_what_processes_warn_of_is_told_by_the_one_that_asked_and_once():
+    class Worn(Numbered):
+        def batch(self, split, indices, rng):
+            warnings.warn("image 1 was skipped", UserWarning, stacklevel=1)
+            return super().batch(split, indices, rng)
+
+    with pytest.warns(UserWarning) as told:
+        assert len(list(sweep(Worn(8), "train", 2, num_workers=2))) == 4
+    assert [str(each.message) for each in told] == ["image 1 was skipped"]
 
 
 def test_an_empty_split_is_refused_at_once():

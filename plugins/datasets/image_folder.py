@@ -47,8 +47,8 @@ class ImageFolder:
         flip: bool = False
         """Mirror training images left to right at even odds."""
         on_corrupt: Literal["fail", "skip"] = "fail"
-        """What an unreadable file does: stop the run, or be reported once and replaced by the
-        next readable image."""
+        """What an unreadable file does: stop the run, or be reported and replaced by the next
+        readable image."""
         validation_share: float = Field(default=0.05, gt=0, lt=1)
         """Share of the images that is held out where there are no folders train and val."""
         seed: int = Field(default=0, ge=0)
