@@ -211,14 +211,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     """Measure a recipe's generator and tokenizer on this machine; trains nothing."""
     from sandbox import bench, varying
 
+    name, preview = arguments.recipe.stem, _wants_preview(arguments)
     if arguments.vary:
-        out = arguments.out or Path("runs", f"bench-{arguments.recipe.stem}-varied")
+        out = arguments.out or Path("runs", f"bench-{name}-varied" + "-preview" * preview)
         return varying.measure_each(
             arguments.vary, out, arguments, lambda text: print(text, flush=True)
         )
     registry = _registry(arguments)
-    recipe = _load(arguments, registry, preview := _wants_preview(arguments))
-    settings, name = bench.settings_of(arguments), arguments.recipe.stem
+    recipe = _load(arguments, registry, preview)
+    settings = bench.settings_of(arguments)
     out = arguments.out or Path("runs", f"bench-{name}" + "-preview" * preview)
     bench.measure(recipe, registry, settings, out, name=name, command=_command())
     return 0

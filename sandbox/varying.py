@@ -36,10 +36,12 @@ def measure_each(
         raise SandboxError(
             f"--out {folder}: holds something other than such measurements; choose another"
         )
+    names = _names(choices)
     found, worst = list[dict[str, Any]](), 0
+    write_json(folder / KEPT, {"variants": found})  # so that one that is stopped can begin anew
     for chosen in product(*choices):
         settings = dict(chosen)
-        name = ", ".join(f"{_last(key)}={_short(value)}" for key, value in chosen)
+        name = names[len(found)]
         say(f"== {name}")
         place = folder / f"{len(found) + 1}-{''.join(c if c.isalnum() else '-' for c in name)[:60]}"
         sets = [word for key, value in chosen for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -66,6 +68,10 @@ def _choices(word: str) -> list[tuple[str, Any]]:
         raise SandboxError(
             f"--vary {word}: expected KEY=VALUE,VALUE, as in generator.backbone.depth=8,12"
         )
+    try:
+        json.dumps(read)
+    except TypeError as error:
+        raise SandboxError(f"--vary {word}: {error}; put such a value in quotes") from None
     return [(key, value) for value in read]
 
 
@@ -74,17 +80,33 @@ def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     kept = folder / KEPT
-    known = json.loads(kept.read_text()) if kept.is_file() else {}
+    try:
+        known = json.loads(kept.read_text()) if kept.is_file() else {}
+    except ValueError:
+        return False
     return not any(folder.iterdir()) or (isinstance(known, dict) and "variants" in known)
 
 
-def _last(key: str) -> str:
-    """What a key is of: `attention` of `generator.backbone.attention.name`."""
-    return key.removesuffix(".name").rpartition(".")[2]
+def _names(choices: Sequence[Sequence[tuple[str, Any]]]) -> list[str]:
+    """One of every combination, as short as tells them apart."""
+    for short in (True, False):
+        names = [
+            ", ".join(_name(key, value, short=short) for key, value in chosen)
+            for chosen in product(*choices)
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
-def _short(value: Any) -> str:
-    return str(value.get("name", json.dumps(value))) if isinstance(value, dict) else str(value)
+def _name(key: str, value: Any, *, short: bool) -> str:
+    """`attention=sdpa` of `generator.backbone.attention.name` or, in full, that."""
+    if not short:
+        return f"{key}={json.dumps(value)}"
+    last = key.removesuffix(".name").rpartition(".")[2]
+    if isinstance(value, dict) and "name" in value:
+        return f"{last}={value['name']}"
+    return f"{last}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _forwarded(arguments: argparse.Namespace) -> list[str]:
@@ -109,7 +131,8 @@ def _table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
         rows = [(part, row) for part in measured["settings"]["parts"] for row in measured[part]]
         lines += [(each["name"], *_cells(part, row)) for part, row in rows]
         if not rows:
-            lines.append((each["name"], f"failed ({each['status']})", *[""] * 6))
+            why = f"failed ({each['status']})" if each["status"] else "nothing measured"
+            lines.append((each["name"], why, *[""] * 6))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
@@ -118,9 +141,10 @@ def _table(found: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _cells(part: str, row: dict[str, Any]) -> tuple[str, ...]:
     how = "compiled" if row.get("compiled") else f"fast: {row['fast']}" if "fast" in row else ""
-    where = (part, row["precision"], str(row["batch_size"]), how)
+    how += f" ({row['status']})" * (row["status"] != "ok")
+    where = (part, row["precision"], str(row["batch_size"]), how.strip())
     if "median_seconds" not in row:
-        return (*where, row["status"], "", "")
+        return (*where, "", "", "")
     peak = row.get("peak_bytes")
     gib = "" if peak is None else f"{peak / 2**30:.2f}"
     return (*where, f"{1e3 * row['median_seconds']:.4g}", f"{row['images_per_second']:.4g}", gib)

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from test_bench import TINY, one_line, small_ceilings
 
+from sandbox.checkpoint import write_json
 from sandbox.testing import sandbox_project
 
 __all__ = ["small_ceilings"]
@@ -78,8 +80,46 @@ def test_every_combination_is_measured_and_parts_may_be_values(project, monkeypa
     for each in asked:
         assert {"tiny.yaml", "--profile", "--full", "--precision", "--batch-sizes"} <= set(each)
     kept = json.loads((project.folder / "runs/bench-tiny-varied/bench.json").read_text())
+    names = [each["name"] for each in kept["variants"]]
+    assert len(set(names)) == 4 and '"sides": [1, 3]' in names[1], names
     assert [each["status"] for each in kept["variants"]] == [1, -9, 1, 1]
     assert project.sandbox("bench", "tiny.yaml", *words).status == 1  # into the same folder
+
+
+def test_one_that_was_stopped_at_once_begins_anew(project, monkeypatch):
+    def run(command, check):
+        raise KeyboardInterrupt
+
+    words = ("bench", "tiny.yaml", *SMALL, "--vary", "seed=1,2")
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        assert project.sandbox(*words).status == 130
+    monkeypatch.setattr(subprocess, "run", lambda command, check: SimpleNamespace(returncode=1))
+    done = project.sandbox(*words)
+    assert done.status == 1 and done.out.count("failed (1)") == 2
+
+
+def test_the_table_tells_what_is_not_sound(project, monkeypatch):
+    row = {"precision": "float32", "batch_size": 1, "fast": "on", "status": "not finite"}
+    row |= {"median_seconds": 0.5, "images_per_second": 2.0}
+    found = iter([{"settings": {"parts": ["generation"]}, "generation": [row]}])
+
+    def run(command, check):
+        folder = Path(command[command.index("--out") + 1])
+        write_json(folder / "bench.json", next(found, {"settings": {"parts": []}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    done = project.sandbox("bench", "tiny.yaml", *SMALL, "--vary", "generator.fast=off,on")
+    lines = [line.split(maxsplit=1) for line in done.out.splitlines() if line.startswith("fast=")]
+    told = " ".join(lines[0][1].split())
+    assert told == "generation float32 1 fast: on (not finite) 500 2"
+    assert lines[1][1].split() == ["nothing", "measured"]
+
+
+def test_a_value_that_no_recipe_can_hold_is_refused_before_anything_runs(project):
+    said = one_line(project.sandbox("bench", "tiny.yaml", "--vary", "seed=1,2024-01-02"))
+    assert "date" in said and "quotes" in said
 
 
 @pytest.mark.parametrize("word", ["depth", "=1,2", "depth=", "depth=[1", "depth={a"])
@@ -89,8 +129,9 @@ def test_what_cannot_be_read_is_one_line(project, word):
 
 
 def test_a_folder_that_holds_anything_else_is_left_alone(project):
-    for name, text in {"notes.txt": "mine", "bench.json": '{"generation": []}'}.items():
-        folder = project.folder / f"of {name}"
+    texts = (("notes.txt", "mine"), ("bench.json", '{"generation": []}'), ("bench.json", "{cut"))
+    for number, (name, text) in enumerate(texts):
+        folder = project.folder / f"of {number}"
         folder.mkdir()
         (folder / name).write_text(text)
         words = ("--vary", "seed=1,2", "--out", str(folder))
