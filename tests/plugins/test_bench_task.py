@@ -55,6 +55,23 @@ def run(tmp_path):
     return sandbox.load(tmp_path / "tiny.yaml")
 
 
+@pytest.mark.parametrize("setting", ["parts", "precision", "fast"])
+def test_nothing_to_measure_is_refused(setting):
+    with pytest.raises(ValueError, match="expected at least one"):
+        Bench.Params.model_validate({setting: []})
+
+
+@pytest.mark.parametrize(("fast", "traced"), [("off,on", "on"), ("on,off", "on"), ("off", "off")])
+def test_the_trace_is_of_a_fast_generation_if_there_is_one(run, monkeypatch, fast, traced):
+    seen = []
+    monkeypatch.setattr(task, "keep_trace", lambda run, how, path: seen.append(how.fast) or {})
+    row = {"precision": "float32", "batch_size": 1, "status": "not asked"}
+    monkeypatch.setattr(task, "generation", lambda *words: dict(row))
+    how = {"parts": ["generation"], "batch_sizes": [1], "fast": fast.split(","), "profile": True}
+    Bench(Bench.Params.model_validate(how)).run(run)
+    assert seen == [traced]
+
+
 def kept(run):
     return json.loads((run.folder / "bench.json").read_text())
 

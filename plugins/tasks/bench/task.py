@@ -74,10 +74,10 @@ class Bench:
                 raise ValueError("expected sizes from 1 up, as in 1,8,64")
             return tuple(dict.fromkeys(sizes))
 
-        @field_validator("parts", "precision")
+        @field_validator("parts", "precision", "fast")
         @classmethod
-        def _some(cls, asked: tuple[str, ...]) -> tuple[str, ...]:
-            if not asked:
+        def _some(cls, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            if asked is not None and not asked:
                 raise ValueError("expected at least one")
             return asked
 
@@ -234,14 +234,16 @@ class Bench:
             yield part, setting, lambda how: measure(run, clock, how)
 
     def _trace(self, run: sandbox.Run, absent: dict[str, str]) -> None:
-        """Keep one generation as a Chrome trace, the first that is fast."""
+        """Keep one generation as a Chrome trace, a fast one if there is one."""
         if not run.settings("generator"):
             absent["profile"] = "the recipe names no generator"
         elif "generation" not in self.params.parts:
             absent["profile: trace.json"] = "it is of a generation, which was not asked for"
         else:
             where = self._precisions(run.device)[0], min(self._sizes(run.device))
-            setting = self._setting(*where, fast=self._modes(run)[-1])
+            modes = self._modes(run)
+            fast = next((mode for mode in modes if mode not in (None, "off")), modes[0])
+            setting = self._setting(*where, fast=fast)
             kept = attempt(lambda: keep_trace(run, setting, run.folder / TRACE))
             if kept["status"] != "ok":
                 absent["profile"] = kept.get("reason", kept["status"])
