@@ -17,8 +17,9 @@ FEWEST = 16
 
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn_linear` is for their product: of float32, on a CPU."""
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    """Whether `onednn_linear` is for their product: of float32, out of autocast, on a CPU."""
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return single and x.device.type == "cpu"
 
 
 @torch.library.custom_op("var_sandbox::onednn_linear", mutates_args=())
@@ -28,7 +29,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -
         how = ("gelu", "tanh") if gelu else ("none", "")
         product: Tensor = _onednn()(x.contiguous(), weight, bias, how[0], [], how[1])
         return product
-    made = F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        made = F.linear(x, weight, bias)
     return F.gelu(made, approximate="tanh") if gelu else made
 
 

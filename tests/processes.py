@@ -15,12 +15,14 @@ import json, os, sys, traceback
 import torch  # what takes longest, once for all
 
 for line in sys.stdin:
-    code, out, err = json.loads(line)
+    code, out, err, folder, environment = json.loads(line)
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(out, os.O_WRONLY), 1)
         os.dup2(os.open(err, os.O_WRONLY), 2)
+        os.chdir(folder)
+        os.environ.update(environment)
         status = 1
         try:
             exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
@@ -52,9 +54,12 @@ def _environment(env):
 
 def _forked(code):
     """The same, of a process that begins with torch imported and kernels interpreted."""
+    if _server().poll() is not None:  # killed for memory, say
+        _server.cache_clear()
     server = _server()
     with NamedTemporaryFile("w+") as out, NamedTemporaryFile("w+") as err:
-        server.stdin.write(json.dumps([code, out.name, err.name]) + "\n")
+        asked = code, out.name, err.name, os.getcwd(), _environment(INTERPRETS)
+        server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         status = server.stdout.readline().strip()
         assert status == "0", err.read()

@@ -43,6 +43,16 @@ def test_few_rows_and_what_is_not_finite_are_as_in_a_layer(rows, gelu):
     torch.testing.assert_close(made, plainly(x, weight, bias, gelu), equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [products.FEWEST - 1, products.FEWEST])
+def test_autocast_casts_nothing_of_it(rows):
+    x, weight, bias = torch.randn(rows, 8), torch.randn(4, 8), torch.randn(4)
+    assert products.suits_onednn(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.suits_onednn(x, weight)
+        made = products.onednn_linear(x, weight, bias)
+    torch.testing.assert_close(made, F.linear(x, weight, bias))
+
+
 def test_without_onednn_the_layer_itself_does_it(monkeypatch):
     def missing():
         raise AttributeError("no such operator")

@@ -21,7 +21,7 @@ import sandbox
 from sandbox import Mask, Part, Tokens
 
 from . import copies, initial, published_model, stepwise
-from .blocks import Block, HeadNorm, drop_path_gates, linear
+from .blocks import Block, HeadNorm, drawing, drop_path_gates, linear
 
 
 class VAR(nn.Module):
@@ -153,7 +153,9 @@ class VAR(nn.Module):
     def project(self, normed: Float[Tensor, "b n d"]) -> Float[Tensor, "b n v"]:
         """The logits of what the head reads."""
         with self._uncast(normed.device):
-            return linear(normed, self.head.weight, self.head.bias).float()
+            head = self.head
+            made = linear(normed, head.weight, head.bias) if drawing() else head(normed)
+            return made.float()
 
     def read(
         self,
