@@ -41,7 +41,7 @@ _HOME = {
     ],
     "loading": ["ahead", "stream", "sweep", "to_device"],
     "notebook": ["export", "load"],
-    "parts": ["Params", "Part", "Switch"],
+    "parts": ["INCIDENTAL", "Params", "Part", "Switch"],
     "pictures": ["to_rgb"],
     "precision": ["exact_float32", "float32_products", "products_of_float32"],
     "products": ["onednn_linear", "suits_onednn"],

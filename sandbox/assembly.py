@@ -68,9 +68,9 @@ class Assembly:
             raise SandboxError(f"num_classes: {known} is less than the data set's {there}")
         return there if known is None else known
 
-    def settings(self, slot: str) -> Mapping[str, Any]:
+    def settings(self, slot: str, *, deciding: bool = False) -> Mapping[str, Any]:
         part = getattr(self.recipe, slot)
-        return part.to_dict() if part else {}
+        return part.to_dict(deciding=deciding) if part else {}
 
     def has_weights(self, role: Role) -> bool:
         return self._trained(role).exists() or getattr(self.recipe.weights, role) is not None

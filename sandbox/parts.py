@@ -5,7 +5,7 @@ sampler "top-k-top-p" checks the rest of the mapping against its own `Params`, s
 anywhere, a plugin's own params included.
 """
 
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -13,7 +13,10 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     ModelWrapValidatorHandler,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
@@ -32,6 +35,16 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 """A setting that by itself is on where that is worth while."""
 
 
+class Incidental:
+    """Marks a setting that no result depends on, as in `Annotated[int, sandbox.INCIDENTAL]`: it may
+    change when a run goes on, and makes no other cache."""
+
+
+INCIDENTAL: Final = Incidental()
+DECIDING: Final = {"deciding": True}
+"""The context in which settings are told without what is incidental."""
+
+
 class Params(BaseModel):
     """What a recipe may set on a component. Unknown keys are errors."""
 
@@ -48,6 +61,16 @@ class Params(BaseModel):
             raise ValidationError.from_exception_data(
                 cls.__name__, [cls._suggest(details) for details in error.errors()]
             ) from None
+
+    @model_serializer(mode="wrap")
+    def _tell(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        told: dict[str, Any] = handler(self)
+        if not (info.context or {}).get("deciding"):
+            return told
+        fields = type(self).model_fields
+        return {k: v for k, v in told.items() if INCIDENTAL not in fields[k].metadata}
 
     @classmethod
     def _suggest(cls, details: Any) -> InitErrorDetails:
@@ -69,9 +92,10 @@ class Part(Generic[T]):
         """Build it, with what the caller hands over and a recipe cannot know."""
         return self.cls(self.params, *handed)  # type: ignore[call-arg]  # see interfaces.py: what is handed over differs by interface
 
-    def to_dict(self) -> dict[str, Any]:
-        """The part as a recipe would state it, defaults included."""
-        return {"name": self.name, **self.params.model_dump(mode="json")}
+    def to_dict(self, *, deciding: bool = False) -> dict[str, Any]:
+        """The part as a recipe states it, defaults included; or only what results depend on."""
+        told = self.params.model_dump(mode="json", context=DECIDING if deciding else None)
+        return {"name": self.name, **told}
 
     @classmethod
     def __get_pydantic_core_schema__(
@@ -95,6 +119,8 @@ class Part(Generic[T]):
             params = component.Params.model_validate(settings, context=info.context)
             return Part(value["name"], component, params)
 
-        return core_schema.with_info_plain_validator_function(
-            check, serialization=core_schema.plain_serializer_function_ser_schema(Part.to_dict)
-        )
+        def tell(part: "Part[T]", info: SerializationInfo) -> dict[str, Any]:
+            return part.to_dict(deciding=bool((info.context or {}).get("deciding")))
+
+        telling = core_schema.plain_serializer_function_ser_schema(tell, info_arg=True)
+        return core_schema.with_info_plain_validator_function(check, serialization=telling)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from sandbox.errors import SandboxError
 from sandbox.interfaces import Dataset, FeatureExtractor, Generator, Observer, Tokenizer
-from sandbox.parts import Params, Part
+from sandbox.parts import DECIDING, Params, Part
 from sandbox.registry import Registry
 from sandbox.task import Task
 
@@ -87,6 +87,11 @@ def has_preview(path: Path) -> bool:
 def to_yaml(recipe: Recipe) -> str:
     """The recipe in full, defaults included, as YAML that `load_recipe` reads back."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=100))
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """The recipe in full, without what no result depends on."""
+    return recipe.model_dump(mode="json", context=DECIDING)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Where, str]]:

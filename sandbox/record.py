@@ -16,7 +16,7 @@ import yaml
 
 from sandbox.checkpoint import atomic
 from sandbox.errors import RunError, SandboxError
-from sandbox.recipe import Recipe, to_yaml
+from sandbox.recipe import Recipe, deciding, to_yaml
 
 LOCK = ".lock"
 
@@ -94,9 +94,10 @@ def remember(recipe: Recipe, folder: Path) -> None:
     if path.exists() and begun:  # what has not begun can still be mended, and tasks be added
         before = _flat(yaml.safe_load(path.read_text()))
         now = _flat(yaml.safe_load(to_yaml(recipe)))
+        incidental = now.keys() - _flat(deciding(recipe)).keys()
         for key in sorted({*before, *now}):
             free = key.startswith(("observers", "tasks.")) and not key.startswith(begun)
-            if before.get(key) != now.get(key) and not free:
+            if before.get(key) != now.get(key) and not free and key not in incidental:
                 raise SandboxError(
                     f"{folder} holds a run of another recipe ({key} is {before.get(key)!r} there, "
                     f"{now.get(key)!r} here): choose another with --out, or empty it with --fresh"

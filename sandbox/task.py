@@ -42,8 +42,9 @@ class Run(Protocol):
     def num_classes(self) -> int:
         """Classes the models know: the recipe's, or else the data set's."""
 
-    def settings(self, slot: str) -> Mapping[str, Any]:
-        """The part in a slot of the recipe (`dataset`, ...) as a mapping, defaults included."""
+    def settings(self, slot: str, *, deciding: bool = False) -> Mapping[str, Any]:
+        """The part in a slot of the recipe (`dataset`, ...) as a mapping, defaults included; or
+        only what results depend on (see `sandbox.INCIDENTAL`)."""
 
     def has_weights(self, role: Role) -> bool:
         """Whether the part has weights from a file: the recipe's, or trained by this run."""

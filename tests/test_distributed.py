@@ -302,7 +302,7 @@ def encoded(rank, folder, said):
         dataset=Few(),
         tokenizer=tokenizer,
         generator=SimpleNamespace(prepare=lambda images: images[:, 0, 0].long() + rank),
-        settings=lambda slot: {"name": slot},
+        settings=lambda slot, deciding=False: {"name": slot},
         say=said.append,
     )
     return cached(run, "train", 3, 2, None).examples

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sandbox.errors import SandboxError
-from sandbox.recipe import has_preview, load_recipe, to_yaml
+from sandbox.recipe import deciding, has_preview, load_recipe, to_yaml
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -242,6 +242,26 @@ PREVIEW = f"""\
   tasks.1.num_images: 4
   dataset: {{name: shapes, image_size: 16, num_images: 8}}
 """
+
+
+@pytest.mark.parametrize(
+    ("override", "decides"),
+    [
+        ("dataset.num_workers=16", False),
+        ("tasks.0.num_workers=2", False),
+        ("tasks.0.checkpoint_every=8", False),
+        ("generator.backbone.recompute=true", False),
+        ("generator.backbone.depth=3", True),
+        ("tasks.0.batch_size=8", True),
+    ],
+)
+def test_what_no_result_depends_on_is_told_apart(load, override, decides):
+    given = "dataset={name: image-folder, root: data}"
+    before, after = load(GOOD, given), load(GOOD, given, override)
+    assert to_yaml(before) != to_yaml(after)
+    assert (deciding(before) != deciding(after)) == decides
+    for slot in ("dataset", "generator"):
+        assert getattr(after, slot).to_dict(deciding=True) == deciding(after)[slot]
 
 
 def test_the_preview_applies_only_where_it_is_asked_for(load):

@@ -190,6 +190,20 @@ def test_what_has_not_begun_may_change_and_tasks_may_be_added(start, copy, whole
         start(copy, text=text.replace("METRIC", "ssim"))
 
 
+def test_what_no_result_depends_on_may_change_and_leaves_caches(start, copy, whole):
+    """Of a part, of a part within it, and of a task; what was changed is what is remembered."""
+    for path in (copy / LABELS[1] / "result.json", copy / KEPT[1]):
+        path.unlink()
+    caches = {path.name for path in (copy / "cache").iterdir()}
+    changed = {"generator.backbone.recompute": True, "tasks.1.num_workers": 1}
+    start(copy, *(f"{key}={value}".lower() for key, value in changed.items()))
+    assert_same(copy, whole)
+    assert {path.name for path in (copy / "cache").iterdir()} == caches
+    kept = yaml.safe_load((copy / "recipe.yaml").read_text())
+    assert kept["generator"]["backbone"]["recompute"] is True
+    assert kept["tasks"][1]["num_workers"] == 1
+
+
 def test_other_observers_may_watch_the_same_run(start, copy):
     start(copy, "observers=[report]")
     assert yaml.safe_load((copy / "recipe.yaml").read_text())["observers"][0]["name"] == "report"

@@ -6,7 +6,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class ImageFolder:
         """Share of the images that is held out where there are no folders train and val."""
         seed: int = Field(default=0, ge=0)
         """Which images are held out."""
-        num_workers: int = Field(default=4, ge=1, le=256)
+        num_workers: Annotated[int, sandbox.INCIDENTAL] = Field(default=4, ge=1, le=256)
         """Threads that decode; they change the speed and never the images."""
         in_memory: bool = False
         """Decode every image once and keep it as bytes, on the GPU where the training is there: 1.3

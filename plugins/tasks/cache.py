@@ -152,8 +152,8 @@ def _key(run: sandbox.Run, split: sandbox.Split, passes: int, limit: int | None)
     blank = run.generator.prepare(torch.zeros(1, 3, *run.dataset.image_size, device=run.device))
     facts = {
         "examples": [str(blank.dtype), list(blank.shape)],
-        "dataset": run.settings("dataset"),
-        "tokenizer": run.settings("tokenizer"),
+        "dataset": run.settings("dataset", deciding=True),
+        "tokenizer": run.settings("tokenizer", deciding=True),
         "generator": run.settings("generator").get("name"),
         "state": _state(run),
         "of": [split, passes, limit],

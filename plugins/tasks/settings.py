@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from math import cos, pi
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -71,11 +71,11 @@ class Training(sandbox.Params):
     """Images between two points of the curves."""
     validate_every: int | None = Field(None, gt=0)
     """Images between two validations; one at the end when absent."""
-    checkpoint_every: int | None = Field(None, gt=0)
+    checkpoint_every: Annotated[int | None, sandbox.INCIDENTAL] = Field(None, gt=0)
     """Images between two checkpoints; a tenth of the training when absent."""
     keep: Literal["last", "best"] = "last"
     """Which weights are kept at the end: the last, or those of the best validation."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: Annotated[int, sandbox.INCIDENTAL] = Field(0, ge=0)
     """Processes that load data; results do not depend on it."""
 
     def rate(self, progress: float) -> float:

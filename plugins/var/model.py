@@ -7,7 +7,7 @@ checkpoints, so those load as they are; only buffers, all computed here, are lef
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
@@ -48,7 +48,7 @@ class VAR(nn.Module):
         """Hidden width of the MLPs over the model width."""
         attention: Part[sandbox.AttentionBackend] = Field(default="auto", validate_default=True)
         """How attention is computed; no choice changes what is computed."""
-        recompute: bool = False
+        recompute: Annotated[bool, sandbox.INCIDENTAL] = False
         """Keep of each block only what it reads, in training, and compute the rest again for its
         gradients (arXiv 1604.06174): a third more work, a small part of the memory, the same
         numbers."""

@@ -63,7 +63,7 @@ def run(tmp_path):
         dataset=Noise(10),
         tokenizer=tokenizer,
         generator=SimpleNamespace(prepare=tokenizer.encode),
-        settings=lambda slot: {"name": slot},
+        settings=lambda slot, deciding=False: {"name": slot},
         say=lambda text: None,
     )
 
