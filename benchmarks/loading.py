@@ -8,6 +8,7 @@ of `num_workers` processes, each with so many threads): the images a second that
 brings to the device where nothing else happens; those where each batch is tokenized as for a cache
 (TF32 on a GPU, its encoder by kernels of its own); and, the same in every row, those tokenized of a
 batch that lies on the device already. Where the second is near the third, the device never waits.
+`--loading-only` leaves the last two out, as suits a CPU; 0 threads are as many as by default.
 """
 
 import argparse
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1024, help="files")
     parser.add_argument("--batches", type=int, default=64, help="timed in every cell of the table")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--threads", type=int, nargs="+", default=[0, 1, 4, 16])
+    parser.add_argument("--loading-only", action="store_true")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="processes")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -60,12 +62,14 @@ def main() -> None:
         quick = in_bulk(tokenizer, device, compiled=device.type == "cuda")
         with torch.no_grad(), quick, coding(device, coding_precision(device, "tf32")):
             blank = torch.zeros(options.batch_size, 3, *tokenizer.image_size, device=device)
-            held = per_second(lambda: repeat(blank), tokenizer.encode, 2, options, device)
+            held = None
+            if not options.loading_only:
+                held = per_second(lambda: repeat(blank), tokenizer.encode, 2, options, device)
             for threads, workers in product(options.threads, options.workers):
                 rates = loaded_and_tokenized(
                     Path(folder), threads, workers, tokenizer, options, device
                 )
-                told = " | ".join(f"{rate:.0f}" for rate in (*rates, held))
+                told = " | ".join("-" if rate is None else f"{rate:.0f}" for rate in (*rates, held))
                 print(f"| {threads} | {workers} | {told} |", flush=True)
 
 
@@ -102,9 +106,9 @@ def loaded_and_tokenized(
     tokenizer: sandbox.Tokenizer,
     options: argparse.Namespace,
     device: torch.device,
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Images a second of either."""
-    given = {"root": folder, "image_size": tokenizer.image_size, "num_workers": threads}
+    given = {"root": folder, "image_size": tokenizer.image_size, "num_workers": threads or None}
     dataset = ImageFolder(ImageFolder.Params.model_validate(given))
 
     def images() -> Iterator[Tensor]:
@@ -114,10 +118,10 @@ def loaded_and_tokenized(
         yield from (batch.images for batch in batches)
 
     ready = AHEAD + 2 * workers
-    return (
-        per_second(images, lambda batch: None, ready, options, device),
-        per_second(images, tokenizer.encode, ready, options, device),
-    )
+    loaded = per_second(images, lambda batch: None, ready, options, device)
+    if options.loading_only:
+        return loaded, None
+    return loaded, per_second(images, tokenizer.encode, ready, options, device)
 
 
 def per_second(

@@ -1,8 +1,10 @@
 """Image files in class folders, as in ImageNet, decoded when they are asked for."""
 
+import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
@@ -15,11 +17,19 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 import sandbox
 
 from .class_folders import splits
-from .images import ImageSize, check_indices, from_bytes, randomly_flipped
+from .images import (
+    ImageSize,
+    check_indices,
+    drawn_to_flip,
+    from_bytes,
+    randomly_flipped,
+    write_floats,
+)
 
 # What Pillow's decoders let through when a file is cut or damaged.
 _DAMAGE = (
@@ -53,8 +63,9 @@ class ImageFolder:
         """Share of the images that is held out where there are no folders train and val."""
         seed: int = Field(default=0, ge=0)
         """Which images are held out."""
-        num_workers: Annotated[int, sandbox.INCIDENTAL] = Field(default=4, ge=1, le=256)
-        """Threads that decode; they change the speed and never the images."""
+        num_workers: Annotated[int | None, sandbox.INCIDENTAL] = Field(default=None, ge=1, le=256)
+        """Threads that decode; they change the speed and never the images. When absent one for
+        every core that the process may use, 16 at most, which processes that load share."""
         in_memory: bool = False
         """Decode every image once and keep it as bytes, on the GPU where the training is there: 1.3
         times the bytes of the crops. Of long images only the middle is kept."""
@@ -83,14 +94,21 @@ class ImageFolder:
         places: Tensor | None = None
         if train and self._params.augment == "random-crop":
             places = torch.rand(len(indices), 2, generator=rng)
+        flips = train and self._params.flip
         if self._params.in_memory:
-            images, labels = self._picked(split, indices, places)
-        else:
-            where = [None] * len(indices) if places is None else places.tolist()
-            images, labels = self._decoded(split, indices.tolist(), where, self.image_size)
-        if train and self._params.flip:
-            images = randomly_flipped(images, rng)
-        return sandbox.Batch(from_bytes(images), labels)
+            picked, labels = self._picked(split, indices, places)
+            picked = randomly_flipped(picked, rng) if flips else picked
+            return sandbox.Batch(from_bytes(picked), labels)
+        where = [None] * len(indices) if places is None else places.tolist()
+        mirrored = drawn_to_flip(len(indices), rng) if flips else torch.zeros(len(indices))
+        images = torch.empty(len(indices), 3, *self.image_size)
+
+        def put(row: int, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+            write_floats(pixels[:, ::-1] if mirrored[row] else pixels, images[row].numpy())
+
+        return sandbox.Batch(
+            images, self._decoded(split, indices.tolist(), where, self.image_size, put)
+        )
 
     def to(self, device: torch.device) -> "ImageFolder":
         """The same with its images on `device`, if they are kept in memory; else itself."""
@@ -107,7 +125,13 @@ class ImageFolder:
         """Every image of a split with the margin that crops move in, decoded on first use."""
         if split not in self._held:
             indices, cover = list(range(self.size(split))), _cover(self.image_size)
-            self._held[split] = self._decoded(split, indices, [None] * len(indices), cover)
+            images = torch.empty(len(indices), 3, *cover, dtype=torch.uint8)
+
+            def put(row: int, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+                images[row] = rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+
+            labels = self._decoded(split, indices, [None] * len(indices), cover, put)
+            self._held[split] = images, labels
         return self._held[split]
 
     def _picked(
@@ -140,16 +164,21 @@ class ImageFolder:
         indices: list[int],
         places: list[list[float] | None],
         size: tuple[int, int],
-    ) -> tuple[UInt8[Tensor, "b 3 h w"], Int[Tensor, " b"]]:
-        with ThreadPoolExecutor(self._params.num_workers) as pool:
-            jobs = zip(indices, places, strict=True)
-            loading = pool.map(lambda job: self._load(split, *job, size), jobs)
-            images = torch.empty(len(indices), 3, *size, dtype=torch.uint8)
-            labels = torch.empty(len(indices), dtype=torch.long)
-            for row, (image, label, damaged) in enumerate(loading):
-                images[row], labels[row] = image, label
+        put: Callable[[int, UInt8[np.ndarray, "h w 3"]], None],
+    ) -> Int[Tensor, " b"]:
+        """The images' labels, after `put` was handed each with its row, in threads."""
+
+        def load(row: int) -> tuple[int, dict[str, str]]:
+            pixels, label, damaged = self._load(split, indices[row], places[row], size)
+            put(row, pixels)
+            return label, damaged
+
+        labels = torch.empty(len(indices), dtype=torch.long)
+        with ThreadPoolExecutor(self._params.num_workers or _cores()) as pool:
+            for row, (label, damaged) in enumerate(pool.map(load, range(len(indices)))):
+                labels[row] = label
                 self._report(damaged)
-        return images, labels
+        return labels
 
     def _load(
         self,
@@ -157,7 +186,7 @@ class ImageFolder:
         index: int,
         place: list[float] | None,
         size: tuple[int, int],
-    ) -> tuple[UInt8[Tensor, "3 h w"], int, dict[str, str]]:
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], int, dict[str, str]]:
         """An image, its label, and the unreadable files passed over on the way, with reasons."""
         files, damaged = self._files[split], {}
         for ahead in range(len(files.paths)):
@@ -190,6 +219,14 @@ class ImageFolder:
                 )
 
 
+def _cores() -> int:
+    """Threads of a process that loads, by itself or beside others of its kind."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(allowed(0)) if allowed else os.cpu_count() or 1
+    beside = get_worker_info()
+    return max(1, min(16, cores // (beside.num_workers if beside else 1)))
+
+
 def _cover(size: tuple[int, int]) -> tuple[int, int]:
     """What images are resized to cover before a crop of `size` is taken, as published."""
     return round(1.125 * size[0]), round(1.125 * size[1])
@@ -200,7 +237,7 @@ def _cropped(
     cover: tuple[int, int],
     size: tuple[int, int],
     place: list[float] | None,
-) -> UInt8[Tensor, "3 h w"]:
+) -> UInt8[np.ndarray, "h w 3"]:
     """Resize to cover `cover`, then crop `size`.
 
     `place` says where, down and right, in [0, 1); None is the middle.
@@ -215,5 +252,4 @@ def _cropped(
     else:
         top, left = int(place[0] * (new_h - height + 1)), int(place[1] * (new_w - width + 1))
     resized = image.resize((new_w, new_h), Image.Resampling.LANCZOS)
-    pixels = np.array(resized.crop((left, top, left + width, top + height)))
-    return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+    return np.array(resized.crop((left, top, left + width, top + height)))

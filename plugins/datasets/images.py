@@ -3,9 +3,10 @@
 from copy import copy
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor
 from torch.nn import functional
@@ -55,11 +56,23 @@ def from_bytes(images: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     return images.to(torch.float32).div_(half).sub_(1)
 
 
+def write_floats(pixels: UInt8[np.ndarray, "h w 3"], out: Float[np.ndarray, "3 h w"]) -> None:
+    """What `from_bytes` makes of one image, in a thread's own time and no other's."""
+    out[:] = rearrange(pixels, "h w c -> c h w")
+    out /= np.float32(127.5)
+    out -= 1
+
+
+def drawn_to_flip(num: int, rng: torch.Generator) -> Bool[Tensor, " num"]:
+    """Which images to mirror left to right, at even odds; `rng` is on the CPU."""
+    return torch.rand(num, generator=rng) < 0.5
+
+
 def randomly_flipped(
     images: UInt8[Tensor, "b c h w"], rng: torch.Generator
 ) -> UInt8[Tensor, "b c h w"]:
     """Each image mirrored left to right, or not, at even odds; `rng` is on the CPU."""
-    mirrored = sandbox.to_device(torch.rand(len(images), generator=rng) < 0.5, images.device)
+    mirrored = sandbox.to_device(drawn_to_flip(len(images), rng), images.device)
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), images.flip(-1), images)
 
 

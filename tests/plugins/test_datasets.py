@@ -1,7 +1,9 @@
 """The four data sets, on small files written here."""
 
 import gzip
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sandbox import RunError, SandboxError
+from sandbox_plugins.datasets import image_folder
 from sandbox_plugins.datasets.cifar10 import Cifar10
 from sandbox_plugins.datasets.idx import Idx
 from sandbox_plugins.datasets.image_folder import ImageFolder
+from sandbox_plugins.datasets.images import from_bytes, write_floats
 from sandbox_plugins.datasets.shapes import Shapes
 
 SPLITS = ("train", "validation")
@@ -278,6 +282,28 @@ def test_training_crops_vary_flips_are_off_by_default_and_workers_change_nothing
     assert torch.equal(images, halves(num_workers=1)[0])
     assert len(halves(augment="center-crop")[0].unique(dim=0)) == 1
     assert 8 < int(halves(flip=True)[1].sum()) < 32
+
+
+def test_one_image_becomes_floats_as_many_do():
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    pixels = pixels[:, ::-1]  # as where it is mirrored
+    out = np.full((3, 16, 16), np.nan, np.float32)
+    write_floats(pixels, out)
+    together = from_bytes(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    assert np.array_equal(out, together.numpy())
+
+
+def test_threads_are_as_many_as_cores_or_a_share_of_them(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert image_folder._cores() == 8
+    for num_workers, threads in ((3, 2), (16, 1)):
+        monkeypatch.setattr(
+            image_folder, "get_worker_info", lambda n=num_workers: SimpleNamespace(num_workers=n)
+        )
+        assert image_folder._cores() == threads
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert image_folder._cores() == 16
 
 
 def corrupt_folder(tmp_path, num_good=2):
