@@ -26,7 +26,8 @@ from sandbox.values import Role
 def load_weights(module: nn.Module, source: str, role: Role) -> str:
     """Load `source` into `module`, strictly; return the sha256 of the file's bytes.
 
-    Raises SandboxError where the file is missing, damaged, changed, or does not fit the module.
+    Raises SandboxError where the file is missing, damaged, changed, does not fit the module, or
+    holds parameters that are not finite: what draws from NaN draws something, and says nothing.
     """
     path, expected = locate(source, role)
     digest = _sha256(path)
@@ -36,6 +37,7 @@ def load_weights(module: nn.Module, source: str, role: Role) -> str:
     if translate := getattr(module, "from_published", None):
         state = translate(state) or state
     _check_fit(module, state, path)
+    _check_finite(module, state, path)
     try:
         module.load_state_dict(state, strict=True)
     except SandboxError as error:
@@ -153,3 +155,13 @@ def _check_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
         both = [n for n in ours if n in theirs and ours[n] != theirs[n]][:3]
         reasons += [f"{n} is {tuple(theirs[n])} there, {tuple(ours[n])} here" for n in both]
     raise SandboxError(f"{path} does not fit: {'; '.join(reasons)}")
+
+
+def _check_finite(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    names = [name for name, _ in module.named_parameters() if state[name].numel()]
+    sick = [n for n in names if not torch.stack(state[n].aminmax()).isfinite().all()]
+    if sick:
+        raise SandboxError(
+            f"{path}: of its {len(names)} parameters {len(sick)} are not finite (NaN or infinite), "
+            f"{sick[0]} for one; take a checkpoint from before that"
+        )

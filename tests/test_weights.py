@@ -58,6 +58,23 @@ def kept(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parameters_that_are_not_finite_are_refused(tmp_path, value, dtype):
+    path, state = tmp_path / "sick.safetensors", small().to(dtype).state_dict()
+    state["bias"][1] = value
+    write_tensors(path, state)
+    said = refusal(small(1), path)
+    assert "of its 2 parameters 1 are not finite" in said and "bias for one" in said
+
+
+def test_a_buffer_may_hold_what_it_likes(tmp_path):
+    masked = small()
+    masked.register_buffer("mask", torch.full((2,), -torch.inf))
+    write_tensors(tmp_path / "masked.safetensors", masked.state_dict())
+    load_weights(masked, str(tmp_path / "masked.safetensors"), "generator")
+
+
 def test_a_safetensors_file_is_loaded_and_its_checksum_told(kept):
     module = small(1)
     assert load_weights(module, str(kept), "generator") == sha256(kept)
