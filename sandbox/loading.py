@@ -174,17 +174,20 @@ _TOLD: dict[str, type[Exception]] = {
 
 
 def _passed_on(answers: Iterator[_Answer]) -> Iterator[Batch]:
-    told = set[str]()
+    told, wrong = set[str](), None
     for answer in answers:
         for text, category in answer.warned:
             if text not in told:  # each process warns of what it meets
                 told.add(text)
                 warnings.warn(text, category, stacklevel=2)
-        if answer.wrong is not None:
-            kind, text = answer.wrong
-            raise _TOLD[kind](text)
+        if wrong := answer.wrong:
+            break
         if answer.batch is not None:
             yield answer.batch
+    del answers  # ends the processes, which else lasted as long as the traceback is held
+    if wrong:
+        kind, text = wrong
+        raise _TOLD[kind](text)
 
 
 class _Batches(TorchDataset[Batch]):
