@@ -35,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sandbox: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "sandbox: stopped; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+        hint = "the same command goes on from the last checkpoint, if there is one"
+        print(f"sandbox: stopped; {hint}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `sandbox plugins | head`

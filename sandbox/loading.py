@@ -5,6 +5,8 @@ augmentation derive from the seed. So a loader started at any batch goes on exac
 from the beginning, with any number of worker processes, and wherever the images lie.
 """
 
+import sys
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -145,7 +147,8 @@ class _Answer(NamedTuple):
     may not survive the way between processes, and a loader would add where in its code."""
 
     batch: Batch | None
-    wrong: tuple[str, str] | None
+    wrong: tuple[str, str, str] | None
+    """Its kind, what it says, and where it arose."""
     warned: list[tuple[str, type[Warning]]]
 
 
@@ -160,8 +163,17 @@ class _Answering(TorchDataset[_Answer]):
                 batch = self.batches[number]
             except tuple(_TOLD.values()) as error:
                 kind = next(kind for kind, of in _TOLD.items() if isinstance(error, of))
-                wrong = kind, str(error)
-        return _Answer(batch, wrong, [(str(each.message), each.category) for each in caught])
+                wrong = kind, str(error), traceback.format_exc()
+        warned = [(str(each.message), _known(each.category)) for each in caught]
+        return _Answer(batch, wrong, warned)
+
+
+def _known(category: type[Warning]) -> type[Warning]:
+    """The category itself, if another process finds it by its name."""
+    found: Any = sys.modules.get(category.__module__)
+    for name in category.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return category if found is category else UserWarning
 
 
 _TOLD: dict[str, type[Exception]] = {
@@ -186,8 +198,10 @@ def _passed_on(answers: Iterator[_Answer]) -> Iterator[Batch]:
             yield answer.batch
     del answers  # ends the processes, which else lasted as long as the traceback is held
     if wrong:
-        kind, text = wrong
-        raise _TOLD[kind](text)
+        kind, text, where = wrong
+        error = _TOLD[kind](text)
+        error.add_note(f"in a process that loads:\n{where}")
+        raise error
 
 
 class _Batches(TorchDataset[Batch]):

@@ -69,8 +69,9 @@ class Params(BaseModel):
         told: dict[str, Any] = handler(self)
         if not (info.context or {}).get("deciding"):
             return told
-        fields = type(self).model_fields
-        return {k: v for k, v in told.items() if INCIDENTAL not in fields[k].metadata}
+        fields = type(self).model_fields.items()
+        incidental = {name for name, field in fields if INCIDENTAL in field.metadata}
+        return {name: value for name, value in told.items() if name not in incidental}
 
     @classmethod
     def _suggest(cls, details: Any) -> InitErrorDetails:

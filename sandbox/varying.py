@@ -64,6 +64,8 @@ def _choices(word: str) -> list[tuple[str, Any]]:
         read = yaml.safe_load(f"[{values}]")
     except yaml.YAMLError:
         read = None
+    if key == "generator.fast":
+        raise SandboxError(f"--vary {word}: give --fast {values} instead, which times all in turn")
     if not key or not equals or not read:
         raise SandboxError(
             f"--vary {word}: expected KEY=VALUE,VALUE, as in generator.backbone.depth=8,12"

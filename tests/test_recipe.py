@@ -249,10 +249,10 @@ PREVIEW = f"""\
     [
         ("dataset.num_workers=16", False),
         ("tasks.0.num_workers=2", False),
-        ("tasks.0.checkpoint_every=8", False),
         ("generator.backbone.recompute=true", False),
         ("generator.backbone.depth=3", True),
         ("tasks.0.batch_size=8", True),
+        ("tasks.0.checkpoint_every=8", True),  # of several processes, where streams begin anew
     ],
 )
 def test_what_no_result_depends_on_is_told_apart(load, override, decides):

@@ -110,8 +110,8 @@ def test_the_table_tells_what_is_not_sound(project, monkeypatch):
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(subprocess, "run", run)
-    done = project.sandbox("bench", "tiny.yaml", *SMALL, "--vary", "generator.fast=off,on")
-    lines = [line.split(maxsplit=1) for line in done.out.splitlines() if line.startswith("fast=")]
+    done = project.sandbox("bench", "tiny.yaml", *SMALL, "--vary", "seed=1,2")
+    lines = [line.split(maxsplit=1) for line in done.out.splitlines() if line.startswith("seed=")]
     told = " ".join(lines[0][1].split())
     assert told == "generation float32 1 fast: on (not finite) 500 2"
     assert lines[1][1].split() == ["nothing", "measured"]
@@ -120,6 +120,11 @@ def test_the_table_tells_what_is_not_sound(project, monkeypatch):
 def test_a_value_that_no_recipe_can_hold_is_refused_before_anything_runs(project):
     said = one_line(project.sandbox("bench", "tiny.yaml", "--vary", "seed=1,2024-01-02"))
     assert "date" in said and "quotes" in said
+
+
+def test_how_a_generator_draws_has_a_flag_of_its_own(project):
+    said = one_line(project.sandbox("bench", "tiny.yaml", "--vary", "generator.fast=off,on"))
+    assert "--fast off,on instead" in said
 
 
 @pytest.mark.parametrize("word", ["depth", "=1,2", "depth=", "depth=[1", "depth={a"])

@@ -71,7 +71,7 @@ class Training(sandbox.Params):
     """Images between two points of the curves."""
     validate_every: int | None = Field(None, gt=0)
     """Images between two validations; one at the end when absent."""
-    checkpoint_every: Annotated[int | None, sandbox.INCIDENTAL] = Field(None, gt=0)
+    checkpoint_every: int | None = Field(None, gt=0)
     """Images between two checkpoints; a tenth of the training when absent."""
     keep: Literal["last", "best"] = "last"
     """Which weights are kept at the end: the last, or those of the best validation."""

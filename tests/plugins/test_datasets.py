@@ -302,6 +302,10 @@ def test_threads_are_as_many_as_cores_or_a_share_of_them(monkeypatch):
         )
         assert image_folder._cores() == threads
     monkeypatch.undo()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert image_folder._cores() == 4
+    monkeypatch.undo()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert image_folder._cores() == 16
 

@@ -115,6 +115,7 @@ class Bench:
             "how_counted": HOW,
         }
         for _ in self._measure(run, found):
+            found["environment"] = _environment(run)  # with what was chosen meanwhile
             sandbox.write_json(run.folder / JSON, found)
         title = f"{run.settings('generator').get('name', 'no generator')} on {found['device']}"
         drawn = plot(run.folder / PICTURE, found["generation"], title)
