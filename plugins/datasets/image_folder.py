@@ -65,7 +65,7 @@ class ImageFolder:
         """Which images are held out."""
         num_workers: Annotated[int | None, sandbox.INCIDENTAL] = Field(default=None, ge=1, le=256)
         """Threads that decode; they change the speed and never the images. When absent one for
-        every core that the process may use, 16 at most, which processes on one machine share."""
+        every core that the process may use, 16 at most; processes share them."""
         in_memory: bool = False
         """Decode every image once and keep it as bytes, on the GPU where the training is there: 1.3
         times the bytes of the crops. Of long images only the middle is kept."""
@@ -220,12 +220,12 @@ class ImageFolder:
 
 
 def _cores() -> int:
-    """Threads of a process, of those that load and of those that train on one machine."""
+    """Threads of a process that loads, by itself or beside others of its kind."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on every system
     cores = len(allowed(0)) if allowed else os.cpu_count() or 1
     beside = get_worker_info()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
-    return max(1, min(16, cores // (beside.num_workers if beside else 1)))
+    sharing = sandbox.world_size() * (beside.num_workers if beside else 1)
+    return max(1, min(16, cores // sharing))
 
 
 def _cover(size: tuple[int, int]) -> tuple[int, int]:

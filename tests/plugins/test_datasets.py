@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import sandbox
 from sandbox import RunError, SandboxError
 from sandbox_plugins.datasets import image_folder
 from sandbox_plugins.datasets.cifar10 import Cifar10
@@ -303,7 +304,7 @@ def test_threads_are_as_many_as_cores_or_a_share_of_them(monkeypatch):
         assert image_folder._cores() == threads
     monkeypatch.undo()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(sandbox, "world_size", lambda: 2, raising=False)
     assert image_folder._cores() == 4
     monkeypatch.undo()
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
