@@ -42,6 +42,7 @@ def environment(device: torch.device, command: str) -> dict[str, str]:
     facts = {
         "command": command,
         "device": device_name(device),
+        "CPU": processor(),
         "CPU cores": str(os.cpu_count()),
         "CPU threads of torch": str(torch.get_num_threads()),
         "memory": f"{memory_bytes() / 2**30:.0f} GiB",
@@ -55,6 +56,18 @@ def environment(device: torch.device, command: str) -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or `CPU`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def processor() -> str:
+    """What the system calls its processor, with family and model, as clouds tell little else."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not on every system
+        return platform.processor() or platform.machine()
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    known = [f"{key.split()[-1]} {facts[key]}" for key in ("cpu family", "model") if key in facts]
+    return ", ".join([name, *known])
 
 
 def memory_bytes() -> int:

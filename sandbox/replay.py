@@ -12,6 +12,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ Computation = Callable[[Tensor, torch.Generator], Tensor]
 
 Held = Sequence[Mapping[str, Tensor | None]]
 """Parameters and buffers of modules."""
+
+
+_paused: ContextVar[bool] = ContextVar("paused", default=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Within, `Recordings` compute by the same kernels, but record and replay nothing: so parts of
+    a computation can be timed, which within a graph nobody can."""
+    token = _paused.set(True)
+    try:
+        yield
+    finally:
+        _paused.reset(token)
 
 
 class NotRecorded(UserWarning):
@@ -126,6 +141,8 @@ class Recordings:
         The first call of a kind is recorded only where `at_once` says so. What cannot be recorded
         runs as it is, now and when it comes again, which a warning (`NotRecorded`) tells.
         """
+        if _paused.get():
+            return compute(inputs, rng)
         call = self._calls.pop(key, 0)
         if isinstance(call, int):
             ripe = at_once or call >= self.patience

@@ -8,11 +8,12 @@ import torch
 import yaml
 from PIL import Image
 
+import sandbox
 from sandbox import NotRecorded, rendering
 from sandbox.scaffold import write_plugin
 from sandbox.testing import sandbox_project
 from sandbox_plugins.autoregressive import Autoregressive
-from sandbox_plugins.tasks.bench import ceilings, counting
+from sandbox_plugins.tasks.bench import ceilings, counting, task
 from sandbox_plugins.var import pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread", "small_ceilings")
@@ -167,7 +168,7 @@ def test_plain_and_fast_generation_stand_side_by_side_with_their_ratio(project, 
     assert [row["fast"] for row in found["generation"]] == ["off", "on"] * 2
     assert fast["times_as_fast"] == plain["median_seconds"] / fast["median_seconds"]
     assert min(plain["first_seconds"], fast["first_seconds"]) > 0
-    assert "splits" in plain and "splits" not in fast and "times_as_fast" not in plain
+    assert len(plain["splits"]) == len(fast["splits"]) == 2 and "times_as_fast" not in plain
     assert all("fast" not in row for row in found["decoding"] + found["training"])
 
 
@@ -238,6 +239,21 @@ def test_what_cannot_be_counted_or_profiled_is_measured_all_the_same(project, mo
         assert "share_of_matmul" not in found[part][0]
     for name in ("profile", "generation: FLOPs in float32"):
         assert found["left_out"][name] == "RuntimeError: not here"
+
+
+def test_the_first_call_finds_nothing_warm_and_what_was_chosen_is_kept(project, monkeypatch):
+    order, generate, count = [], Autoregressive.generate, task.work_of
+
+    def draw(self, *words, **named):
+        order.append("draw")
+        sandbox.chose("kernel", "these shapes", "one of them", "fastest")
+        return generate(self, *words, **named)
+
+    monkeypatch.setattr(Autoregressive, "generate", draw)
+    monkeypatch.setattr(task, "work_of", lambda *words: order.append("count") or count(*words))
+    found = bench(project)
+    assert order[0] == "draw" and order.count("count") == 1 and found["generation"][0]["flops"] > 0
+    assert found["environment"]["choices"] == {"kernel": {"these shapes": "one of them"}}
 
 
 def test_nothing_is_profiled_before_every_row_has_its_seconds(project, monkeypatch):

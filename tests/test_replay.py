@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sandbox import NotRecorded, Recordings, replay
-from sandbox.replay import Recording, held, places, versions
+from sandbox.replay import Recording, held, places, unrecorded, versions
 
 
 class Pretended:
@@ -58,6 +58,17 @@ def test_recording_waits_until_it_may_pay(pretended):
 
 def test_a_call_is_recorded_at_once_where_that_is_asked_for(pretended):
     assert call(Recordings(), 2, at_once=True) == -2
+
+
+def test_within_unrecorded_nothing_is_recorded_counted_or_replayed(pretended):
+    recordings = Recordings(patience=1)
+    with unrecorded():
+        assert [call(recordings, 2) for _ in range(3)] == [2, 2, 2]
+        assert call(recordings, 2, at_once=True) == 2
+    assert pretended == [] and [call(recordings, 2) for _ in range(2)] == [2, -2]
+    with unrecorded():
+        assert call(recordings, 2) == 2
+    assert call(recordings, 2) == -2 and pretended == [2]
 
 
 def test_the_latest_recordings_are_kept(pretended):

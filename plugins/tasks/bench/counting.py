@@ -24,14 +24,15 @@ HOW = {
     "share_of_matmul": "FLOPs a second of the whole generation (decoding included) over those of "
     "the matrix product in the same precision, or in float32 where that is faster here",
     "share_of_copy": "those bytes a second over those a copy reads and writes",
-    "split": "with `fast` off, by marks before and after each part's methods, in calls of their "
-    "own; `rest` is what is left of those calls' whole; on a GPU, waiting for launches counts "
-    "where it happens",
+    "split": "by marks before and after each part's methods, in calls of their own, which no CUDA "
+    "graph replays; `rest` is what is left of those calls' whole; on a GPU, waiting for launches "
+    "counts where it happens, which is most of it in small batches",
     "seconds": "of a generation, from call to image with nothing else on the device; encoding, "
     "decoding and training in calls one after the other without waiting between, as in bulk; after "
     "half a second of such calls or more on a GPU, which is slower at first",
     "first_seconds": "the first call, with all that is set up then: compiled kernels and "
-    "attention's picks where there were none before, and a generation's CUDA graph",
+    "attention's picks where neither this process nor one before it had any, and a generation's "
+    "CUDA graph; FLOPs are counted afterwards",
     "ended_seconds": "since the measurement began, as `began_seconds` (which is when the row "
     "before ended): what a row took beyond its calls, it compiled or counted",
     "times_as_fast": "the median of the same row plainly (`fast` off, not compiled) over its own",

@@ -50,9 +50,13 @@ class Setting:
 
 
 def generation(
-    run: sandbox.Run, clock: Clock, setting: Setting, split: Split, work: Work | None
+    run: sandbox.Run,
+    clock: Clock,
+    setting: Setting,
+    split: Split,
+    work: Callable[[], Work | None],
 ) -> dict[str, Any]:
-    """Whole generations, then (with `fast` off) as many again with their parts timed."""
+    """Whole generations, then as many again, which are not recorded, with their parts timed."""
     size = setting.batch_size
     labels = torch.arange(size, device=run.device) % run.num_classes
     made: list[Tensor] = []
@@ -70,15 +74,25 @@ def generation(
             return _watched(clock, call, setting)
         found = _timed(clock, call, setting, alone=True) | {"first_seconds": first}
         found["peak_bytes"] = peak_bytes(clock.device) if known else None
-        if setting.plain:  # a recorded generation has no parts
-            split_once(split, call)  # what is set up at the first such call
-            found["splits"] = [split_once(split, call) for _ in range(setting.repeats)]
+        found |= _splits(split, call, setting.repeats)
         if not made[0].isfinite().all():
             found["status"] = "not finite"
-        return found | shares(found["median_seconds"], size, work)
+        return found | shares(found["median_seconds"], size, work())
 
     with drawing_fast(run, setting.fast or "off"), _refusing_the_plain_path():
         return _row(setting, measure)
+
+
+def _splits(split: Split, call: Callable[[], None], repeats: int) -> dict[str, Any]:
+    """The seconds of its parts, if there is memory for them besides what was recorded."""
+
+    def measure() -> dict[str, Any]:
+        split_once(split, call)  # what is set up at the first such call
+        return {"splits": [split_once(split, call) for _ in range(repeats)]}
+
+    with sandbox.unrecorded():  # what is recorded has no parts
+        told = attempt(measure)
+    return {"splits": told["splits"]} if "splits" in told else {}
 
 
 def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:

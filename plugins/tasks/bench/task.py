@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal, get_args
 
@@ -188,20 +189,23 @@ class Bench:
         parts, missing = seams(run)
         absent |= missing
         split, works = Split(clock, parts), dict[Precision, Work | None]()
-        for precision in self._precisions(run.device):
-            counted = attempt(lambda p=precision: {"work": work_of(run, p)})
-            works[precision] = work = counted.get("work")
-            if work is None:
-                absent[f"generation: FLOPs in {precision}"] = counted.get(
-                    "reason", counted["status"]
-                )
-            elif work.weight_bytes is None:
-                absent["generation: bytes"] = (
-                    "the network is no Backbone that makes a tokenizer's steps one by one"
-                )
+
+        def work(precision: Precision) -> Work | None:
+            """Counted when something was timed: counting draws, so all were warm."""
+            if precision not in works:
+                counted = attempt(lambda: {"work": work_of(run, precision)})
+                works[precision] = made = counted.get("work")
+                if made is None:
+                    why = counted.get("reason", counted["status"])
+                    absent[f"generation: FLOPs in {precision}"] = why
+                elif made.weight_bytes is None:
+                    absent["generation: bytes"] = (
+                        "the network is no Backbone that makes a tokenizer's steps one by one"
+                    )
+            return works[precision]
 
         def row(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:
-            return generation(run, clock, setting, split, works[setting.precision])
+            return generation(run, clock, setting, split, partial(work, setting.precision))
 
         yield from self._rows(run, "generation", row, clock)
 
