@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import again
 import speed
 
 COMMON = {"status": "ok", "peak_bytes": 2**30, "first_seconds": 60.0, "share_of_matmul": 0.5}
@@ -94,3 +96,35 @@ def test_the_page_holds_what_the_bench_kept(capsys):
     page = (results / "speed.md").read_text().splitlines()
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert len(lines) > 20 and not [line for line in lines if line not in page]
+
+
+def test_every_kept_command_is_run_again_in_a_folder_of_its_own(measured, tmp_path, monkeypatch):
+    kept = json.loads((measured / "d16.json").read_text()) | {"device": "CPU"}
+    kept["environment"]["command"] = (
+        "sandbox bench x.yaml --set 'weights={}' --out runs/x --fast on"
+    )
+    (measured / "cpu.json").write_text(json.dumps(kept))
+    asked = []
+
+    def run(words, check):
+        asked.append(words[2:])
+        folder = Path(words[-1])
+        folder.mkdir(parents=True)
+        (folder / "bench.json").write_text(folder.name)
+        return SimpleNamespace(returncode=folder.name == "d16")
+
+    monkeypatch.setattr(again.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["again.py", str(measured), str(tmp_path / "now")])
+    assert again.main() == 1
+    folders = [f"{tmp_path}/now/folders/{name}" for name in ("cpu", "d16", "raster")]
+    assert asked[0] == [
+        *("sandbox", "bench", "x.yaml", "--set", "weights={}", "--fast", "on"),
+        *("--set", "device=cpu", "--out", folders[0]),
+    ]
+    assert [words[-1] for words in asked] == folders and asked[1][:3] == ["sandbox", "bench", "x"]
+    assert sorted(path.name for path in (tmp_path / "now").glob("*.json")) == [
+        *("cpu.json", "d16.json", "raster.json")
+    ]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--only", "d61"])
+    with pytest.raises(SystemExit):
+        again.main()
