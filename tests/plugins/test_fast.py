@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sandbox_plugins.samplers import race
 from sandbox_plugins.tasks.drawing import adjusted, drawing_with
 from sandbox_plugins.var import blocks, fused, pieces
 
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "pyramid": {
         "name": "var-vq",
@@ -157,6 +159,30 @@ def test_in_half_precision_compiled_kernels_stay_close_and_read_weights_anew(loa
     (cast,) = run.generator.network._cast.values()
     backends = {id(block.attn.backend) for block in [*cast.blocks, *run.generator.network.blocks]}
     assert len(backends) == 1
+
+
+@pytest.mark.gpu
+def test_the_logits_of_a_trained_model_stay_within_a_hundredth_in_16_bits():
+    """The model in the box, told what it drew itself. Its compiled pieces do so on a CPU."""
+    run = sandbox.load(ROOT / "recipes/cifar10_sample.yaml", device="cuda")
+    network, layout = run.generator.network.eval(), run.generator.layout
+    labels = torch.arange(6, device=run.device)
+    drawn = run.generator.generate(labels, run.rng("drawn"))
+    contexts = run.tokenizer.contexts(run.generator.prepare(drawn))
+
+    def told(fused):
+        network.fused = fused
+        with torch.inference_mode(), sandbox.compiling():
+            state = network.begin(labels)
+            steps = enumerate(layout.spans)
+            return torch.cat([network.step(state, contexts[:, span], k) for k, span in steps], 1)
+
+    exact, found = told(False), told(True)
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+    with torch.autocast("cuda", torch.bfloat16):
+        plain, found = told(False), told(True)
+    assert 0 < (found - plain).norm() < 1e-2 * plain.norm()
+    assert (found - exact).norm() < 1e-2 * exact.norm()
 
 
 @pytest.mark.parametrize("half", [False, True])
