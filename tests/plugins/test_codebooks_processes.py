@@ -1,10 +1,13 @@
 """The codebook `vq` in two processes: they agree, with each other and with one that sees it all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
+from sandbox import world_size  # before there is a group: see sandbox/distributed.py
 from sandbox_plugins.codebooks import VQ
 
 NUM_STEPS = 6
@@ -38,13 +41,21 @@ def train(codebook, batches, seed=0):
     return codebook.state_dict(), scalars
 
 
+def gloo_threads():
+    """Those that still run; at the end of the process they would abort it, now and then."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    assert world_size() == 2
     batches = [batch(step)[rank] for step in range(NUM_STEPS)]
     found = {name: train(build(**settings), batches, rank) for name, settings in SETTINGS.items()}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    assert not gloo_threads()
 
 
 @pytest.fixture(scope="module")
