@@ -18,8 +18,9 @@ FEWEST = 16
 
 def suits_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `onednn_linear` is for their product: of float32, out of autocast, on a CPU."""
-    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return single and x.device.type == "cpu"
+    if x.device.type != "cpu":
+        return False
+    return x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 @torch.library.custom_op("var_sandbox::onednn_linear", mutates_args=())
