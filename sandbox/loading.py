@@ -142,13 +142,17 @@ def _loaded(
     return _passed_on(iter(loader))
 
 
+_TOLD = SandboxError, RunError, ValueError, OSError
+"""What a run tells in one line."""
+
+
 class _Answer(NamedTuple):
     """A batch, or what is wrong with it, and what was warned of meanwhile, as text: an exception
     may not survive the way between processes, and a loader would add where in its code."""
 
     batch: Batch | None
-    wrong: tuple[str, str, str] | None
-    """Its kind, what it says, and where it arose."""
+    wrong: tuple[type[Exception], str, str] | None
+    """Its kind, one of `_TOLD`, what it says, and where it arose."""
     warned: list[tuple[str, type[Warning]]]
 
 
@@ -161,8 +165,8 @@ class _Answering(TorchDataset[_Answer]):
         with warnings.catch_warnings(record=True) as caught:
             try:
                 batch = self.batches[number]
-            except tuple(_TOLD.values()) as error:
-                kind = next(kind for kind, of in _TOLD.items() if isinstance(error, of))
+            except _TOLD as error:
+                kind = next(kind for kind in _TOLD if isinstance(error, kind))
                 wrong = kind, str(error), traceback.format_exc()
         warned = [(str(each.message), _known(each.category)) for each in caught]
         return _Answer(batch, wrong, warned)
@@ -174,15 +178,6 @@ def _known(category: type[Warning]) -> type[Warning]:
     for name in category.__qualname__.split("."):
         found = getattr(found, name, None)
     return category if found is category else UserWarning
-
-
-_TOLD: dict[str, type[Exception]] = {
-    "sandbox": SandboxError,
-    "run": RunError,
-    "value": ValueError,
-    "os": OSError,
-}
-"""What a run tells in one line, by name."""
 
 
 def _passed_on(answers: Iterator[_Answer]) -> Iterator[Batch]:
@@ -199,7 +194,7 @@ def _passed_on(answers: Iterator[_Answer]) -> Iterator[Batch]:
     del answers  # ends the processes, which else lasted as long as the traceback is held
     if wrong:
         kind, text, where = wrong
-        error = _TOLD[kind](text)
+        error = kind(text)
         error.add_note(f"in a process that loads:\n{where}")
         raise error
 

@@ -5,6 +5,7 @@ sampler "top-k-top-p" checks the rest of the mapping against its own `Params`, s
 anywhere, a plugin's own params included.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Final, Generic, Literal, Self, TypeVar, get_args
 
 from pydantic import (
@@ -45,6 +46,10 @@ DECIDING: Final = {"deciding": True}
 """The context in which settings are told without what is incidental."""
 
 
+def _deciding(info: SerializationInfo) -> bool:
+    return info.context is DECIDING
+
+
 class Params(BaseModel):
     """What a recipe may set on a component. Unknown keys are errors."""
 
@@ -67,7 +72,7 @@ class Params(BaseModel):
         self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
     ) -> dict[str, Any]:
         told: dict[str, Any] = handler(self)
-        if not (info.context or {}).get("deciding"):
+        if not _deciding(info):
             return told
         fields = type(self).model_fields.items()
         incidental = {name for name, field in fields if INCIDENTAL in field.metadata}
@@ -91,7 +96,8 @@ class Part(Generic[T]):
 
     def build(self, *handed: Any) -> T:
         """Build it, with what the caller hands over and a recipe cannot know."""
-        return self.cls(self.params, *handed)  # type: ignore[call-arg]  # see interfaces.py: what is handed over differs by interface
+        made: Callable[..., T] = self.cls  # what is handed over differs by interface
+        return made(self.params, *handed)
 
     def to_dict(self, *, deciding: bool = False) -> dict[str, Any]:
         """The part as a recipe states it, defaults included; or only what results depend on."""
@@ -121,7 +127,7 @@ class Part(Generic[T]):
             return Part(value["name"], component, params)
 
         def tell(part: "Part[T]", info: SerializationInfo) -> dict[str, Any]:
-            return part.to_dict(deciding=bool((info.context or {}).get("deciding")))
+            return part.to_dict(deciding=_deciding(info))
 
         telling = core_schema.plain_serializer_function_ser_schema(tell, info_arg=True)
         return core_schema.with_info_plain_validator_function(check, serialization=telling)

@@ -97,7 +97,7 @@ def remember(recipe: Recipe, folder: Path) -> None:
         incidental = now.keys() - _flat(deciding(recipe)).keys()
         for key in sorted({*before, *now}):
             free = key.startswith(("observers", "tasks.")) and not key.startswith(begun)
-            if before.get(key) != now.get(key) and not free and key not in incidental:
+            if before.get(key) != now.get(key) and not (free or key in incidental):
                 raise SandboxError(
                     f"{folder} holds a run of another recipe ({key} is {before.get(key)!r} there, "
                     f"{now.get(key)!r} here): choose another with --out, or empty it with --fresh"
