@@ -52,7 +52,7 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "| d16 | `sandbox bench x` | a GPU | 2026-11-25 | 800 | 4.00 |" in out
     assert "| VAR-d16, batch 1 | 142 ms | 2 ms | 9 ms | **10 ms** | d16 | 10 to 10 | no |" in out
     assert "| 330 img/s | **400 img/s** | d16 | 20 to 20 | yes |" in out
-    assert "| on | 10 | 200 | **20.0** | 400 | 20 | **20.0** |" in out
+    assert "| on | 10 | 200 | **20.0** | 400 (8) | 20 (8) | **20** |" in out
     assert "| 4 | 50 | 3 | `gemm` |" in out
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
 
@@ -66,10 +66,10 @@ def test_of_several_files_of_a_kind_the_latest_row_counts(measured, capsys):
     speed.main()
     out = capsys.readouterr().out
     assert "**10 ms** | d16 |" in out and "**200 img/s** | d16-more |" in out
-    assert "| on | 10 | 200 | **20.0** | 200 | 20 | **10.0** |" in out
+    assert "| on | 10 | 200 | **20.0** | 200 (8) | 20 (8) | **10** |" in out
 
 
-def test_where_one_batch_is_shared_no_best_one_is_told(measured, capsys):
+def test_where_one_batch_was_measured_no_best_one_is_told(measured, capsys):
     path = measured / "raster.json"
     kept = json.loads(path.read_text())
     path.write_text(json.dumps(kept | {"generation": kept["generation"][:1]}))
