@@ -32,7 +32,7 @@ from torch import Tensor
 from sandbox import Layout, Mask, Part, Tokens, device_name, write_json
 from sandbox_plugins.attention import SdpaAttention
 from sandbox_plugins.schedules import Geometric
-from sandbox_plugins.tasks.bench.clock import Clock, attempt, forget_peak, peak_bytes
+from sandbox_plugins.tasks.clock import Clock, attempt, forget_peak, peak_bytes
 from sandbox_plugins.var.model import VAR
 
 CELL_PX, CODE_DIM, VOCAB_SIZE, NUM_CLASSES = 16, 32, 4096, 1000

@@ -96,7 +96,9 @@ def _train(fit: Fit) -> dict[str, Any]:
     network.train()
     with closing(_batches(fit, done)) as batches:
         while done < total:
-            watch.add(_step(fit, optimizer, next(batches), done / total))
+            with watch.waiting():
+                batch = next(batches)
+            watch.add(_step(fit, optimizer, batch, done / total))
             done += settings.batch_size
             if average is not None:
                 average.update(done // settings.batch_size)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 import sandbox
 
+from .clock import Clock
 from .settings import Training
+
+LONG_WAIT = 0.1
+"""Share of the time, waited for data, from which on a training on a GPU says how to wait less."""
+_BEGINNING_SECONDS = 30.0
+"""Of which nothing is told yet: the first batches are always waited for."""
 
 
 class Watch:
@@ -22,6 +28,9 @@ class Watch:
 
     def __init__(self, run: sandbox.Run, settings: Training, done: int) -> None:
         self.run, self.settings = run, settings
+        self._clock = Clock(run.device)
+        self._waits: list[tuple[Any, Any]] = []
+        self._waited, self._seconds, self._told = 0.0, 0.0, False
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._restart(done)
@@ -55,6 +64,7 @@ class Watch:
         sums = _read(self._sums, self.run.device)
         means = {name: value / self._counts[name] for name, value in sums.items()}
         speed = self._speed(done)
+        self._advise()
         self._sums, self._counts = {}, {}
         self._restart(done)
         return self.run.report(done, total, **means, **speed)
@@ -77,6 +87,14 @@ class Watch:
             )
 
     @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, a batch is waited for. What counts is what the device idles meanwhile: on a GPU
+        nothing, where it still has work of the steps before."""
+        began = self._clock.mark()
+        yield
+        self._waits.append((began, self._clock.mark()))
+
+    @contextmanager
     def pause(self) -> Iterator[None]:
         """Time that does not count as training."""
         began = perf_counter()
@@ -85,13 +103,32 @@ class Watch:
 
     def _restart(self, done: int) -> None:
         self._last_done, self._began = done, perf_counter()
+        self._waits = []
 
     def _speed(self, done: int) -> dict[str, float]:
+        self._clock.settle()
         seconds = max(perf_counter() - self._began, 1e-9)
-        found = {"images_per_second": (done - self._last_done) / seconds}
+        waited = sum(self._clock.seconds(*wait) for wait in self._waits)
+        self._waited, self._seconds = self._waited + waited, self._seconds + seconds
+        found = {
+            "images_per_second": (done - self._last_done) / seconds,
+            "waiting_for_data": min(1.0, waited / seconds),
+        }
         if self.run.device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30
         return found
+
+    def _advise(self) -> None:
+        """Once; not on a CPU, where loading and training share the cores."""
+        share = self._waited / self._seconds
+        early = self._seconds < _BEGINNING_SECONDS
+        if self._told or early or share < LONG_WAIT or self.run.device.type == "cpu":
+            return
+        self._told = True
+        self.run.say(
+            f"the GPU waits for images {share:.0%} of the time: let more processes load them "
+            f"(num_workers: 4 to 16; now {self.settings.num_workers}), or keep them in memory"
+        )
 
 
 @torch.no_grad()

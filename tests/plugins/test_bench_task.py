@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 import sandbox
 from sandbox_plugins.tasks.bench import task
-from sandbox_plugins.tasks.bench.clock import (
-    Clock,
-    forget_peak,
-    is_out_of_memory,
-    peak_bytes,
-    spread,
-)
 from sandbox_plugins.tasks.bench.counting import _tensors, work_of
 from sandbox_plugins.tasks.bench.kernels import gaps
 from sandbox_plugins.tasks.bench.rows import noise
 from sandbox_plugins.tasks.bench.split import Split, seams, split_once
 from sandbox_plugins.tasks.bench.tables import brief
 from sandbox_plugins.tasks.bench.task import Bench
+from sandbox_plugins.tasks.clock import (
+    Clock,
+    forget_peak,
+    is_out_of_memory,
+    peak_bytes,
+    spread,
+)
 from sandbox_plugins.tasks.replacing import replaced
 
 pytestmark = pytest.mark.usefixtures("one_thread")

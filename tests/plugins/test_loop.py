@@ -1,6 +1,7 @@
 """The training loop: what it begins with, keeps, reports, leaves, and that no GPU waits for it."""
 
 import logging
+import time
 import warnings
 from itertools import islice
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import sandbox
 from sandbox import Batch, Losses, RunError
 from sandbox.recipe import load_recipe
 from sandbox.run import execute
+from sandbox_plugins.tasks import watch
 from sandbox_plugins.tasks.cache import Prepared
 from sandbox_plugins.tasks.loop import Fit, train
 from sandbox_plugins.tasks.settings import Training
@@ -129,8 +131,59 @@ def test_reports_tell_the_speed_and_nothing_else_by_the_clock(tmp_path):
     reports = [(done, scalars) for done, scalars in made.desk.reports if "loss" in scalars]
     assert [done for done, _ in reports] == [16, 32, 48]
     for _, scalars in reports:
-        assert scalars["images_per_second"] > 0
-        assert set(scalars) == {"loss", "gradient_norm", "learning_rate", "images_per_second"}
+        assert scalars["images_per_second"] > 0 and 0 < scalars["waiting_for_data"] < 1
+        speed = {"images_per_second", "waiting_for_data"}
+        assert set(scalars) == {"loss", "gradient_norm", "learning_rate", *speed}
+
+
+class Ticking:
+    """A clock whose every step, from mark to mark, took as long as `waits` says."""
+
+    def __init__(self, waits):
+        self.waits, self.marks = waits, 0
+
+    def mark(self):
+        self.marks += 1
+        return self.marks
+
+    def settle(self):
+        pass
+
+    def seconds(self, began, ended):
+        assert ended == began + 1
+        return self.waits[began // 2]
+
+
+@pytest.mark.parametrize(
+    ("device", "waits", "told"),
+    [
+        ("cuda", [0.5, 0.5, 1, 1, 9, 9, 9, 9], (3, "35%")),  # a report every 20 s
+        ("cuda", [6] * 8, (2, "60%")),
+        ("cuda", [0.9] * 8, None),
+        ("cpu", [9] * 8, None),
+    ],
+)
+def test_a_gpu_that_waits_for_data_says_so_once_after_the_beginning(
+    tmp_path, monkeypatch, device, waits, told
+):
+    desk, settings = Desk(tmp_path), Training(num_images=64, batch_size=8, report_every=16)
+    now = [0.0]
+    monkeypatch.setattr(watch, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(watch, "Clock", lambda device: Ticking(waits))
+    monkeypatch.setattr(watch.torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(watch.torch.cuda, "max_memory_allocated", lambda device: 0)
+    desk.device = torch.device(device)
+    seen = watch.Watch(desk, settings, 0)
+    for step in range(1, 9):
+        with seen.waiting():
+            now[0] += 10
+        seen.pulse(8 * step, 64)
+        if step % 2 == 0:
+            assert len(desk.said) == (told is not None and step // 2 >= told[0])
+    shares = [scalars["waiting_for_data"] for _, scalars in desk.reports if scalars]
+    assert shares == [sum(waits[i : i + 2]) / 20 for i in (0, 2, 4, 6)]
+    for text in desk.said:
+        assert f"waits for images {told[1]} of the time" in text and "now 0" in text
 
 
 @pytest.mark.filterwarnings("default")
@@ -359,6 +412,20 @@ def test_on_a_gpu_the_optimizer_steps_in_one_launch_a_group(name):
     network = nn.Linear(2, 2).cuda()
     optimizer = optimizer_of(network, Training(num_images=1, optimizer=name), torch.device("cuda"))
     assert all(group["fused"] for group in optimizer.param_groups)
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_still_has_work_does_not_wait_for_data(tmp_path):
+    desk, settings = Desk(tmp_path), Training(num_images=16, batch_size=8, report_every=8)
+    desk.device = torch.device("cuda")
+    seen, cycles = Watch(desk, settings, 0), 2 * 10**9  # about a second
+    for done, work in ((8, cycles), (16, 0)):
+        torch.cuda._sleep(work)
+        with seen.waiting():
+            time.sleep(0.2)
+        seen.pulse(done, 16)
+    busy, idle = (scalars["waiting_for_data"] for _, scalars in desk.reports)
+    assert busy < 0.1 and idle > 0.5
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import sandbox
 
-from .clock import Clock, Precision, attempt
+from ..clock import Clock, Precision, attempt
 
 _REPEATS = 5
 _ENOUGH_SEC = 1.0

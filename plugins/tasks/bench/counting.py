@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sandbox
 
+from ..clock import Precision
 from ..drawing import drawing_fast
 from ..replacing import replaced
 from ..settings import autocast
-from .clock import Precision
 
 HOW = {
     "flops": "torch.utils.flop_counter over one image: matrix products, convolutions and attention "

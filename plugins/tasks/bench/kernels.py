@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from .clock import Clock, attempt
+from ..clock import Clock, attempt
 
 _MOST = 60
 _NAME_LENGTH = 160

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 import sandbox
 
+from ..clock import Clock, attempt, forget_peak, peak_bytes, spread
 from ..compiled import compiled_generator
 from ..drawing import drawing_fast
 from ..encoding import coding, in_bulk
 from ..loop import laid_out_for_speed
 from ..settings import Training, autocast
 from ..upkeep import optimizer_of
-from .clock import Clock, attempt, forget_peak, peak_bytes, spread
 from .counting import Work, training_flops
 from .kernels import kernels_of
 from .split import Split, split_once

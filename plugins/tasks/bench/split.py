@@ -14,8 +14,8 @@ import torch
 
 import sandbox
 
+from ..clock import Clock
 from ..replacing import replaced
-from .clock import Clock
 
 REST = "rest"
 """What no part's method took: guidance, the loop, and what a generator does by itself."""

@@ -17,9 +17,9 @@ from pydantic import Field, field_validator
 
 import sandbox
 
+from ..clock import Clock, Precision, attempt
 from ..encoding import coding_precisions
 from .ceilings import copy, matrix_product
-from .clock import Clock, Precision, attempt
 from .comparing import add_ratios, add_shares
 from .counting import HOW, Work, work_of
 from .plot import plot
