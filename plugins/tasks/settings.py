@@ -76,7 +76,8 @@ class Training(sandbox.Params):
     keep: Literal["last", "best"] = "last"
     """Which weights are kept at the end: the last, or those of the best validation."""
     num_workers: Annotated[int, sandbox.INCIDENTAL] = Field(0, ge=0)
-    """Processes that load data; results do not depend on it."""
+    """Processes that load data; results do not depend on it. What a GPU waits for data is in the
+    reports (`waiting_per_second`, in [0, 1]), and is said where it is more than a tenth."""
 
     def rate(self, progress: float) -> float:
         """The learning rate at `progress` in [0, 1]."""

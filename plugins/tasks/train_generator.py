@@ -1,6 +1,7 @@
 """Train a generator on what its tokenizer, or nothing, makes of the data set."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import sandbox
 
 from .cache import cached
 from .compiled import compiler_of
-from .encoding import CodingPrecision, coding, coding_precision
+from .encoding import CodingPrecision, coding, coding_precision, in_bulk
 from .loop import Fit, train
 from .plan import training_plan
 from .settings import Training
@@ -28,8 +29,9 @@ class TrainGenerator:
 
     class Params(Training):
         cache: bool = True
-        """Encode the data set once and train from the file; off, encode each batch anew. From
-        40,000 images on, a GPU's encoder is compiled for it, unless `compile` is off."""
+        """Encode the data set once and train from the file; off, encode each batch anew. A GPU's
+        encoder runs by kernels of its own, or compiled: for a cache from 40,000 images on, unless
+        `compile` is off, and for batches where the training is compiled."""
         cache_passes: int = Field(1, ge=1)
         """Differently augmented copies of the data set in the cache."""
         encoder_precision: CodingPrecision = "tf32"
@@ -81,20 +83,20 @@ class TrainGenerator:
                 count += len(batch.labels)
             return {name: value / count for name, value in sums.items()}
 
-        result = train(
-            Fit(
-                run,
-                params,
-                made.network,
-                sources["train"],
-                "generator",
-                loss,
-                validate,
-                "loss",
-                compile=compiler_of(made),
-                spare_memory=True,
-            )
+        fit = Fit(
+            run,
+            params,
+            made.network,
+            sources["train"],
+            "generator",
+            loss,
+            validate,
+            "loss",
+            compile=compiler_of(made),
+            spare_memory=True,
         )
+        with self._encoder(run):
+            result = train(fit)
         run.save_weights("generator", made.network.state_dict(), images_seen=result["images_seen"])
         if params.strips:
             coarse_to_fine(run, num_images=8)
@@ -116,6 +118,13 @@ class TrainGenerator:
             compile=params.compile != "off",
             num_workers=params.num_workers,
         )
+
+    def _encoder(self, run: sandbox.Run) -> AbstractContextManager[None]:
+        """Where every batch is encoded anew, as fast as for a cache."""
+        if self.params.cache:
+            return nullcontext()
+        tokenizer = run.tokenizer if run.settings("tokenizer") else None
+        return in_bulk(tokenizer, run.device, compiled=self.params.compiles(run.device))
 
     def _read(self, run: sandbox.Run, images: Tensor) -> Tensor:
         """What the generator reads of a batch."""

@@ -112,7 +112,7 @@ class Watch:
         self._waited, self._seconds = self._waited + waited, self._seconds + seconds
         found = {
             "images_per_second": (done - self._last_done) / seconds,
-            "waiting_for_data": min(1.0, waited / seconds),
+            "waiting_per_second": min(1.0, waited / seconds),
         }
         if self.run.device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.run.device) / 2**30

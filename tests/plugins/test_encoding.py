@@ -11,7 +11,7 @@ from torch import nn
 import sandbox
 from sandbox import Batch
 from sandbox_plugins.autoencoders import CNN
-from sandbox_plugins.tasks import cache, encoding
+from sandbox_plugins.tasks import cache, encoding, train_generator
 from sandbox_plugins.tasks.cache import cached
 from sandbox_plugins.tasks.encoding import coding, coding_precision, coding_precisions, in_bulk
 
@@ -158,6 +158,22 @@ def test_in_bulk_ids_are_the_same_and_the_tokenizer_is_left_as_it_was(run, monke
         assert set(vars(run.tokenizer.autoencoder)) == before
     with in_bulk(object(), CPU, compiled=True):
         pass
+
+
+def test_where_there_is_no_cache_a_training_encodes_its_batches_in_bulk(run, monkeypatch):
+    autoencoder, within = run.tokenizer.autoencoder, []
+
+    def train(fit):
+        within.append("encode" in vars(autoencoder))
+        return {"images_seen": 0}
+
+    monkeypatch.setattr(train_generator, "train", train)
+    run.generator.network, run.save_weights = nn.Linear(1, 1), lambda *words, **named: None
+    for kept, compile in ((True, "on"), (False, "on"), (False, "off")):
+        given = {"num_images": 8, "batch_size": 4, "strips": False}
+        task = train_generator.TrainGenerator
+        task(task.Params(**given, cache=kept, compile=compile)).run(run)
+    assert within == [False, True, False] and "encode" not in vars(autoencoder)
 
 
 @pytest.fixture

@@ -131,8 +131,8 @@ def test_reports_tell_the_speed_and_nothing_else_by_the_clock(tmp_path):
     reports = [(done, scalars) for done, scalars in made.desk.reports if "loss" in scalars]
     assert [done for done, _ in reports] == [16, 32, 48]
     for _, scalars in reports:
-        assert scalars["images_per_second"] > 0 and 0 < scalars["waiting_for_data"] < 1
-        speed = {"images_per_second", "waiting_for_data"}
+        assert scalars["images_per_second"] > 0 and 0 < scalars["waiting_per_second"] < 1
+        speed = {"images_per_second", "waiting_per_second"}
         assert set(scalars) == {"loss", "gradient_norm", "learning_rate", *speed}
 
 
@@ -180,7 +180,7 @@ def test_a_gpu_that_waits_for_data_says_so_once_after_the_beginning(
         seen.pulse(8 * step, 64)
         if step % 2 == 0:
             assert len(desk.said) == (told is not None and step // 2 >= told[0])
-    shares = [scalars["waiting_for_data"] for _, scalars in desk.reports if scalars]
+    shares = [scalars["waiting_per_second"] for _, scalars in desk.reports if scalars]
     assert shares == [sum(waits[i : i + 2]) / 20 for i in (0, 2, 4, 6)]
     for text in desk.said:
         assert f"waits for images {told[1]} of the time" in text and "now 0" in text
@@ -386,9 +386,10 @@ def run_on_gpu(tmp_path, registry):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
 @pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("small", [True, False])
-def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, small):
-    """Neither where all fits, nor where ids come from the disk and logits in pieces."""
+@pytest.mark.parametrize(("small", "cache"), [(True, True), (False, True), (True, False)])
+def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, small, cache):
+    """Neither where all fits, nor where ids come from the disk and logits in pieces, nor where
+    every batch is encoded as it comes."""
     guard = NoWaiting()
     if not small:
         monkeypatch.setattr("sandbox_plugins.tasks.cache._RESIDENT_BYTES", 0)
@@ -402,7 +403,7 @@ def test_no_training_step_waits_for_the_gpu(run_on_gpu, monkeypatch, compiled, s
 
     monkeypatch.setattr("sandbox.run._observers", observers)
     words = [f"tasks.{index}.compile={compiled!r}" for index in range(3)]
-    run_on_gpu(*words, f"generator.backbone.recompute={not small}")
+    run_on_gpu(*words, f"generator.backbone.recompute={not small}", f"tasks.1.cache={cache}")
     assert len(guard.watched) == 3
 
 
@@ -424,7 +425,7 @@ def test_a_gpu_that_still_has_work_does_not_wait_for_data(tmp_path):
         with seen.waiting():
             time.sleep(0.2)
         seen.pulse(done, 16)
-    busy, idle = (scalars["waiting_for_data"] for _, scalars in desk.reports)
+    busy, idle = (scalars["waiting_per_second"] for _, scalars in desk.reports)
     assert busy < 0.1 and idle > 0.5
 
 
