@@ -1,4 +1,4 @@
-"""The rows of docs/results/speed.md measured anew: every command that its JSON keeps, as it stands.
+"""The rows of docs/results/speed.md measured anew: every bench that its JSON keeps, as it stands.
 
     python benchmarks/again.py docs/results/speed runs/again --only d16 raster
 
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", help="names of files, without .json")
     options = parser.parse_args()
     kept = {path.stem: json.loads(path.read_text()) for path in options.before.glob("*.json")}
+    kept = {name: each for name, each in kept.items() if "environment" in each}  # of a bench
     names = options.only or sorted(kept)
     if unknown := [name for name in names if name not in kept]:
         parser.error(f"{options.before} has no {unknown[0]}.json; it has {', '.join(sorted(kept))}")

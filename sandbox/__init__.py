@@ -47,7 +47,7 @@ _HOME = {
     "products": ["onednn_linear", "suits_onednn"],
     "provenance": ["chose", "device_name", "memory_bytes"],
     "rendering": ["quickened", "refresh", "render"],
-    "replay": ["Followed", "NotRecorded", "Recording", "Recordings", "unrecorded"],
+    "replay": ["Followed", "NotRecorded", "Recording", "Recordings", "recorded_apart"],
     "sampling": ["Keep", "Sampled", "guided", "sample"],
     "seeds": ["derive_seed"],
     "task": ["Run", "Task"],

@@ -27,18 +27,18 @@ Held = Sequence[Mapping[str, Tensor | None]]
 """Parameters and buffers of modules."""
 
 
-_paused: ContextVar[bool] = ContextVar("paused", default=False)
+_apart: ContextVar[dict[Hashable, Computation] | None] = ContextVar("apart", default=None)
 
 
 @contextmanager
-def unrecorded() -> Iterator[None]:
-    """Within, `Recordings` compute by the same kernels, but record and replay nothing: so parts of
-    a computation can be timed, which within a graph nobody can."""
-    token = _paused.set(True)
+def recorded_apart() -> Iterator[None]:
+    """Within, `Recordings` record a kind of call anew when it comes first, and forget it at the
+    end: so what stands in a part's place for a while, to mark its time say, is replayed too."""
+    token = _apart.set({})
     try:
         yield
     finally:
-        _paused.reset(token)
+        _apart.reset(token)
 
 
 class NotRecorded(UserWarning):
@@ -141,8 +141,11 @@ class Recordings:
         The first call of a kind is recorded only where `at_once` says so. What cannot be recorded
         runs as it is, now and when it comes again, which a warning (`NotRecorded`) tells.
         """
-        if _paused.get():
-            return compute(inputs, rng)
+        if (apart := _apart.get()) is not None:
+            kind = id(self), key
+            if kind not in apart:
+                apart[kind] = self._recorded(compute, inputs, rng)
+            return apart[kind](inputs, rng)
         call = self._calls.pop(key, 0)
         if isinstance(call, int):
             ripe = at_once or call >= self.patience

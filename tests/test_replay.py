@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sandbox import NotRecorded, Recordings, replay
-from sandbox.replay import Recording, held, places, unrecorded, versions
+from sandbox.replay import Recording, held, places, recorded_apart, versions
 
 
 class Pretended:
@@ -60,15 +60,22 @@ def test_a_call_is_recorded_at_once_where_that_is_asked_for(pretended):
     assert call(Recordings(), 2, at_once=True) == -2
 
 
-def test_within_unrecorded_nothing_is_recorded_counted_or_replayed(pretended):
-    recordings = Recordings(patience=1)
-    with unrecorded():
-        assert [call(recordings, 2) for _ in range(3)] == [2, 2, 2]
-        assert call(recordings, 2, at_once=True) == 2
-    assert pretended == [] and [call(recordings, 2) for _ in range(2)] == [2, -2]
-    with unrecorded():
-        assert call(recordings, 2) == 2
-    assert call(recordings, 2) == -2 and pretended == [2]
+def test_what_is_recorded_apart_is_recorded_at_once_and_forgotten(pretended):
+    recordings, others = Recordings(patience=1), Recordings(patience=1)
+    for _ in range(2):
+        with recorded_apart():
+            assert [call(recordings, size) for size in (2, 2, 3)] == [-2, -2, -2]
+            assert call(others, 2) == -2
+    assert pretended == [2, 3, 2] * 2
+    assert [call(recordings, 2) for _ in range(2)] == [2, -2] and pretended[6:] == [2]
+    with recorded_apart():
+        assert call(recordings, 2) == -2
+    assert call(recordings, 2) == -2 and pretended[7:] == [2]
+
+
+def test_what_cannot_be_recorded_apart_is_told_too(pretended):
+    with recorded_apart(), pytest.warns(NotRecorded, match="RuntimeError: waits for the device"):
+        assert call(Recordings(), 9) == 2
 
 
 def test_the_latest_recordings_are_kept(pretended):

@@ -39,7 +39,7 @@ def measured(tmp_path):
     told = {"kernels": kernels, "kernels_seconds": 0.008}
     fast = [row(1, 0.010, fast="on", **told), row(8, 0.020, fast="on")]
     slow = [row(1, 0.1, fast="off"), {"precision": "bfloat16", "status": "out of memory"}]
-    raster = [row(1, 0.2, fast="on"), row(8, 0.4, fast="on")]
+    raster = [row(1, 0.2, fast="on"), row(8, 0.5, fast="on"), row(32, 1.6, fast="on")]
     for name, rows in {"d16": slow + fast, "raster": raster}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({**kept, "generation": rows}))
     return tmp_path
@@ -52,7 +52,7 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "| d16 | `sandbox bench x` | a GPU | 2026-11-25 | 800 | 4.00 |" in out
     assert "| VAR-d16, batch 1 | 142 ms | 2 ms | 9 ms | **10 ms** | d16 | 10 to 10 | no |" in out
     assert "| 330 img/s | **400 img/s** | d16 | 20 to 20 | yes |" in out
-    assert "| on | 10 | 200 | **20.0** | 400 (8) | 20 (8) | **20** |" in out
+    assert "| on | 10 | 200 | **20.0** | 400 (8) | 20 (32) | **20** |" in out
     assert "| 4 | 50 | 3 | `gemm` |" in out
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
 
@@ -66,7 +66,7 @@ def test_of_several_files_of_a_kind_the_latest_row_counts(measured, capsys):
     speed.main()
     out = capsys.readouterr().out
     assert "**10 ms** | d16 |" in out and "**200 img/s** | d16-more |" in out
-    assert "| on | 10 | 200 | **20.0** | 200 (8) | 20 (8) | **10** |" in out
+    assert "| on | 10 | 200 | **20.0** | 200 (8) | 20 (32) | **10** |" in out
 
 
 def test_where_one_batch_was_measured_no_best_one_is_told(measured, capsys):
@@ -104,6 +104,7 @@ def test_every_kept_command_is_run_again_in_a_folder_of_its_own(measured, tmp_pa
         "sandbox bench x.yaml --set 'weights={}' --out runs/x --fast on"
     )
     (measured / "cpu.json").write_text(json.dumps(kept))
+    (measured / "growth.json").write_text(json.dumps({"rows": []}))  # of no bench
     asked = []
 
     def run(words, check):

@@ -21,7 +21,10 @@ WARM_SECONDS = 0.5
 
 
 class Clock:
-    """Marks in time: CUDA events on a GPU, which make nothing wait; elsewhere the CPU's clock."""
+    """Marks in time: CUDA events on a GPU, which make nothing wait; elsewhere the CPU's clock.
+
+    A mark that is made while a CUDA graph is recorded is set anew at every replay.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
@@ -30,7 +33,8 @@ class Clock:
         """Now, in the order of the device's work."""
         if not self.on_gpu:
             return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        recorded = torch.cuda.is_current_stream_capturing()
+        event = torch.cuda.Event(enable_timing=True, external=recorded)
         event.record(torch.cuda.current_stream(self.device))
         return event
 

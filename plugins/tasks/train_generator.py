@@ -29,9 +29,9 @@ class TrainGenerator:
 
     class Params(Training):
         cache: bool = True
-        """Encode the data set once and train from the file; off, encode each batch anew. A GPU's
-        encoder runs by kernels of its own, or compiled: for a cache from 40,000 images on, unless
-        `compile` is off, and for batches where the training is compiled."""
+        """Encode the data set once and train from the file; off, encode each batch anew. The
+        encoder runs by kernels of its own, or compiled, for a cache from 40,000 images on (on a
+        GPU, unless `compile` is off), and for batches where the training is compiled."""
         cache_passes: int = Field(1, ge=1)
         """Differently augmented copies of the data set in the cache."""
         encoder_precision: CodingPrecision = "tf32"
@@ -72,7 +72,7 @@ class TrainGenerator:
             for batch in sandbox.sweep(
                 sources["validation"],
                 "validation",
-                params.batch_size,
+                self._validation_batch(),
                 limit=params.num_validation_images,
             ):
                 found = loss(
@@ -125,6 +125,13 @@ class TrainGenerator:
             return nullcontext()
         tokenizer = run.tokenizer if run.settings("tokenizer") else None
         return in_bulk(tokenizer, run.device, compiled=self.params.compiles(run.device))
+
+    def _validation_batch(self) -> int:
+        """As many as a step takes at once, where all of them are to be encoded."""
+        size = self.params.batch_size
+        if self.params.cache:
+            return size
+        return max(1, size // (self.params.accumulate * sandbox.world_size()))
 
     def _read(self, run: sandbox.Run, images: Tensor) -> Tensor:
         """What the generator reads of a batch."""

@@ -17,7 +17,7 @@ import sandbox
 from .clock import Clock
 from .settings import Training
 
-LONG_WAIT = 0.1
+_LONG_WAIT = 0.1
 """Share of the time, waited for data, from which on a training on a GPU says how to wait less."""
 _BEGINNING_SECONDS = 30.0
 """Of which nothing is told yet: the first batches are always waited for."""
@@ -122,12 +122,12 @@ class Watch:
         """Once; not on a CPU, where loading and training share the cores."""
         share = self._waited / self._seconds
         early = self._seconds < _BEGINNING_SECONDS
-        if self._told or early or share < LONG_WAIT or self.run.device.type == "cpu":
+        if self._told or early or share < _LONG_WAIT or self.run.device.type == "cpu":
             return
         self._told = True
         self.run.say(
-            f"the GPU waits for images {share:.0%} of the time: let more processes load them "
-            f"(num_workers: 4 to 16; now {self.settings.num_workers}), or keep them in memory"
+            f"the GPU waits for data {share:.0%} of the time: let more processes load it "
+            f"(num_workers: 4 to 16; now {self.settings.num_workers}), or keep it in memory"
         )
 
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import sandbox
-from sandbox_plugins.tasks.bench import task
+from sandbox_plugins.tasks.bench import rows, task
 from sandbox_plugins.tasks.bench.counting import _tensors, work_of
 from sandbox_plugins.tasks.bench.kernels import gaps
 from sandbox_plugins.tasks.bench.rows import noise
-from sandbox_plugins.tasks.bench.split import Split, seams, split_once
+from sandbox_plugins.tasks.bench.split import Split, seams, splits
 from sandbox_plugins.tasks.bench.tables import brief
 from sandbox_plugins.tasks.bench.task import Bench
 from sandbox_plugins.tasks.clock import (
@@ -93,7 +93,7 @@ def test_a_method_that_another_one_calls_counts_once(run):
     found, _ = seams(run)
     split = Split(Clock(run.device), found)
     ids = run.tokenizer.encode(torch.zeros(1, 3, 8, 8))
-    parts = split_once(split, lambda: run.tokenizer.decode(ids))
+    (parts,) = splits(split, lambda: run.tokenizer.decode(ids), 1)
     assert parts["decoder"] > 0 and parts["painting"] == parts["context"] == 0
     assert sum(parts.values()) == pytest.approx(2 * parts["whole"])
 
@@ -225,6 +225,46 @@ def test_lack_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+def test_why_a_row_has_no_parts_is_kept(run, monkeypatch):
+    def none(*words):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(rows, "splits", none)
+    Bench(Bench.Params(parts=("generation",), batch_sizes=(1,), repeats=1)).run(run)
+    (row,) = kept(run)["generation"]
+    assert row["status"] == "ok" and row["splits_left_out"] == "out of memory"
+    assert "splits" not in row
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_recording_is_split_by_marks_within_it():
+    class Sleeper:
+        def __init__(self, cycles):
+            self.cycles = cycles
+
+        def step(self, inputs):
+            torch.cuda._sleep(self.cycles)
+            return inputs + 1
+
+    slow, quick = Sleeper(20_000_000), Sleeper(2_000_000)
+    inputs, rng = torch.zeros(2, device="cuda"), torch.Generator("cuda")
+    recordings, seen = sandbox.Recordings(), []
+
+    def compute(inputs, rng):
+        seen.append(torch.cuda.is_current_stream_capturing())
+        return quick.step(slow.step(inputs))
+
+    def call():
+        assert recordings.run(compute, inputs, rng, key=1, at_once=True).tolist() == [2, 2]
+
+    split = Split(Clock(inputs.device), [(slow, {"step": "slow"}), (quick, {"step": "quick"})])
+    found = splits(split, call, 3)
+    assert seen == [False, False, True] and len(found) == 3
+    for parts in found:
+        assert parts["slow"] > 3 * parts["quick"] > 0
+        assert 0.8 * parts["whole"] < parts["slow"] + parts["quick"] <= parts["whole"]
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
     device = torch.device("cuda")
@@ -240,5 +280,6 @@ def test_on_a_gpu_events_tell_the_time_and_torch_the_peak(tmp_path):
     assert [row["fast"] for row in found] == ["off", "on"] * 3
     assert all(row["status"] == "ok" for row in found)
     for row in found:
+        assert len(row["splits"]) == 1 and "splits_left_out" not in row
         assert row["kernels_launched"] >= sum(kernel["calls"] for kernel in row["kernels"]) > 10
         assert row["kernels_gaps_seconds"] > 0

@@ -176,6 +176,24 @@ def test_where_there_is_no_cache_a_training_encodes_its_batches_in_bulk(run, mon
     assert within == [False, True, False] and "encode" not in vars(autoencoder)
 
 
+@pytest.mark.parametrize(("kept", "sizes"), [(False, [4, 4, 2]), (True, [])])
+def test_as_many_are_encoded_at_once_in_validation_as_in_a_step(run, monkeypatch, kept, sizes):
+    def loss(prepared, labels):
+        return sandbox.Losses(prepared.float().mean(), {})
+
+    def train(fit):
+        run.tokenizer.called.clear()
+        fit.validate()
+        return {"images_seen": 0}
+
+    monkeypatch.setattr(train_generator, "train", train)
+    run.generator.network, run.save_weights = nn.Linear(1, 1), lambda *words, **named: None
+    run.generator.loss = loss
+    given = {"num_images": 8, "batch_size": 8, "accumulate": 2, "strips": False, "cache": kept}
+    train_generator.TrainGenerator(train_generator.TrainGenerator.Params(**given)).run(run)
+    assert [size for size, _ in run.tokenizer.called] == sizes
+
+
 @pytest.fixture
 def there(run):
     """The same on a GPU."""

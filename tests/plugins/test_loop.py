@@ -183,7 +183,7 @@ def test_a_gpu_that_waits_for_data_says_so_once_after_the_beginning(
     shares = [scalars["waiting_per_second"] for _, scalars in desk.reports if scalars]
     assert shares == [sum(waits[i : i + 2]) / 20 for i in (0, 2, 4, 6)]
     for text in desk.said:
-        assert f"waits for images {told[1]} of the time" in text and "now 0" in text
+        assert f"waits for data {told[1]} of the time" in text and "now 0" in text
 
 
 @pytest.mark.filterwarnings("default")

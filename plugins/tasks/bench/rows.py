@@ -22,7 +22,7 @@ from ..settings import Training, autocast
 from ..upkeep import optimizer_of
 from .counting import Work, training_flops
 from .kernels import kernels_of
-from .split import Split, split_once
+from .split import Split, splits
 
 _STAGES = ("forward", "backward", "optimizer")
 
@@ -56,7 +56,7 @@ def generation(
     split: Split,
     work: Callable[[], Work | None],
 ) -> dict[str, Any]:
-    """Whole generations, then as many again, which are not recorded, with their parts timed."""
+    """Whole generations, then as many again with their parts timed."""
     size = setting.batch_size
     labels = torch.arange(size, device=run.device) % run.num_classes
     made: list[Tensor] = []
@@ -84,15 +84,12 @@ def generation(
 
 
 def _splits(split: Split, call: Callable[[], None], repeats: int) -> dict[str, Any]:
-    """The seconds of its parts, if there is memory for them besides what was recorded."""
-
-    def measure() -> dict[str, Any]:
-        split_once(split, call)  # what is set up at the first such call
-        return {"splits": [split_once(split, call) for _ in range(repeats)]}
-
-    with sandbox.unrecorded():  # what is recorded has no parts
-        told = attempt(measure)
-    return {"splits": told["splits"]} if "splits" in told else {}
+    """The seconds of its parts, or why there are none: what is recorded with marks in it needs
+    memory of its own."""
+    told = attempt(lambda: {"splits": splits(split, call, repeats)})
+    if "splits" in told:
+        return {"splits": told["splits"]}
+    return {"splits_left_out": told.get("reason", told["status"])}
 
 
 def encoding(run: sandbox.Run, clock: Clock, setting: Setting) -> dict[str, Any]:

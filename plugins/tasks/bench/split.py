@@ -7,6 +7,7 @@ calls counts as that one's.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -49,17 +50,28 @@ def seams(run: sandbox.Run) -> tuple[list[tuple[Any, Mapping[str, str]]], dict[s
     return found, absent
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Once that a method ran."""
+
+    part: str
+    began: Any
+    ended: Any
+    replayed: bool
+    """Whether it belongs to a CUDA graph, whose every replay it is of."""
+
+
 class Split:
     """Times the methods of `seams` within `watching`."""
 
     def __init__(self, clock: Clock, found: list[tuple[Any, Mapping[str, str]]]) -> None:
         self.clock, self.found = clock, found
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._spans: list[_Span] = []
         self._inside = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        self._marks = []
+        self._spans = []
         with ExitStack() as stack:
             for owner, parts in self.found:
                 for name, part in parts.items():
@@ -67,35 +79,49 @@ class Split:
                         stack.enter_context(replaced(owner, name, self._timed(part, method)))
             yield
 
+    def forget(self) -> None:
+        """What has been timed so far, but for what a replay would time anew."""
+        self._spans = [span for span in self._spans if span.replayed]
+
     def seconds(self) -> dict[str, float]:
         """Seconds by part; the clock must have settled."""
         found: dict[str, float] = {}
         for _, parts in self.found:
             found |= dict.fromkeys(parts.values(), 0.0)
-        for part, began, ended in self._marks:
-            found[part] += self.clock.seconds(began, ended)
+        for span in self._spans:
+            found[span.part] += self.clock.seconds(span.began, span.ended)
         return found
 
     def _timed(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
         def call(*words: Any, **named: Any) -> Any:
-            # An event within a CUDA graph's capture would become a part of the graph.
-            if self._inside or (self.clock.on_gpu and torch.cuda.is_current_stream_capturing()):
+            if self._inside:
                 return method(*words, **named)
             self._inside = True
+            recorded = self.clock.on_gpu and torch.cuda.is_current_stream_capturing()
             began = self.clock.mark()
             try:
                 return method(*words, **named)
             finally:
-                self._marks.append((part, began, self.clock.mark()))
+                self._spans.append(_Span(part, began, self.clock.mark(), recorded))
                 self._inside = False
 
         return call
 
 
-def split_once(split: Split, call: Callable[[], Any]) -> dict[str, float]:
-    """Seconds by part of one call, `whole` and the rest included."""
-    with split.watching():
-        (whole,) = split.clock.time(call, 1)
-    parts = split.seconds()
-    return {"whole": whole, **parts, REST: max(0.0, whole - sum(parts.values()))}
+def splits(split: Split, call: Callable[[], Any], repeats: int) -> list[dict[str, float]]:
+    """Seconds by part of so many calls, each with `whole` and the rest.
+
+    Of what is recorded as a CUDA graph a recording with marks in it is replayed. One call before
+    the first sets up what is set up, and records.
+    """
+    found = []
+    with sandbox.recorded_apart(), split.watching():
+        call()
+        for _ in range(repeats):
+            split.forget()
+            (whole,) = split.clock.time(call, 1)
+            parts = split.seconds()
+            rest = max(0.0, whole - sum(parts.values()))
+            found.append({"whole": whole, **parts, REST: rest})
+    return found
