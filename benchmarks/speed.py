@@ -19,6 +19,8 @@ from typing import Any
 
 KERNELS = 10
 GIB = 2**30
+SPLIT_ALIKE = 1.15
+"""How much longer than a row's median a call may take that tells the row's parts."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,14 @@ def percent(row: Mapping[str, Any], name: str) -> str:
 
 
 def split(row: Mapping[str, Any]) -> str:
-    """Transformer, sampling, decoder and the rest, in percent."""
+    """Transformer, sampling, decoder and the rest, in percent; nothing where what was split took
+    much longer than the row, as a generation does that is not recorded."""
     if not row.get("splits"):
         return ""
     parts = {name: statistics.median(s[name] for s in row["splits"]) for name in row["splits"][0]}
     whole = parts.pop("whole")
+    if whole > SPLIT_ALIKE * row["median_seconds"]:
+        return ""
     named = [parts.pop(name, 0) for name in ("transformer", "sampling", "decoder")]
     return ", ".join(f"{100 * part / whole:.0f}" for part in [*named, sum(parts.values())])
 

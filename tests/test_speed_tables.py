@@ -57,6 +57,13 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not_reached(measured
     assert "training" not in out.lower().replace("training step", "").split("## kernels")[1]
 
 
+def test_parts_are_told_of_calls_that_took_as_long_as_the_row():
+    parts = {"transformer": 0.06, "sampling": 0.01, "decoder": 0.02, "rest": 0.01}
+    alike, slower = {"whole": 0.1, **parts}, {"whole": 0.2, **parts, "rest": 0.11}
+    assert speed.split(row(1, 0.095, splits=[alike])) == "60, 10, 20, 10"
+    assert speed.split(row(1, 0.1, splits=[slower])) == "" == speed.split(row(1, 0.1))
+
+
 def test_of_several_files_of_a_kind_the_latest_row_counts(measured, capsys):
     for name, date, seconds in (("d16-more", "2026-11-26", 0.040), ("d16-old", "2026-11-24", 1)):
         kept = json.loads((measured / "d16.json").read_text())
