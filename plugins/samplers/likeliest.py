@@ -56,7 +56,8 @@ class TopKTopP(Greedy):
         top_k: int = Field(900, ge=0)
         """Keep the k likeliest ids; 0, or more than there are, keeps all."""
         top_p: float = Field(0.96, gt=0, le=1)
-        """Keep the likeliest ids that together reach this probability; 1 keeps all."""
+        """Keep the likeliest ids that together reach this probability; 1 keeps all, next to nothing
+        the likeliest. 0, which is off in published code, is refused."""
         temperature: float = Field(1.0, gt=0)
         """Logits are divided by it; small is close to greedy."""
         smoothing: bool = False
