@@ -2,9 +2,9 @@
 
     python benchmarks/again.py docs/results/speed runs/again --only d16 raster
 
-Each command's `bench.json` becomes NAME.json in the new folder as soon as it ends, so that a
-machine that is taken back leaves what it has measured; `benchmarks/speed.py` makes the tables of
-them. What was measured on a CPU is measured on a CPU again. Ends with 1 if a command failed.
+Each command's `bench.json` becomes NAME.json in the new folder as soon as it ends, so that what is
+stopped half way leaves what it has measured; `benchmarks/speed.py` makes the tables of them. What
+was measured on a CPU is measured on a CPU again. Ends with 1 if a command failed.
 """
 
 import argparse

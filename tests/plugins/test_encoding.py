@@ -160,37 +160,43 @@ def test_in_bulk_ids_are_the_same_and_the_tokenizer_is_left_as_it_was(run, monke
         pass
 
 
-def test_where_there_is_no_cache_a_training_encodes_its_batches_in_bulk(run, monkeypatch):
-    autoencoder, within = run.tokenizer.autoencoder, []
-
-    def train(fit):
-        within.append("encode" in vars(autoencoder))
-        return {"images_seen": 0}
-
-    monkeypatch.setattr(train_generator, "train", train)
+@pytest.fixture
+def trained(run, monkeypatch):
+    """Train a generator with some settings, where `within(fit)` stands for the training."""
     run.generator.network, run.save_weights = nn.Linear(1, 1), lambda *words, **named: None
+
+    def train(within, **settings):
+        def stand_in(fit):
+            within(fit)
+            return {"images_seen": 0}
+
+        monkeypatch.setattr(train_generator, "train", stand_in)
+        task, given = train_generator.TrainGenerator, {"num_images": 8, "batch_size": 8}
+        task(task.Params(**given, strips=False, **settings)).run(run)
+
+    return train
+
+
+def test_where_there_is_no_cache_a_training_encodes_its_batches_in_bulk(run, trained):
+    autoencoder, within = run.tokenizer.autoencoder, []
     for kept, compile in ((True, "on"), (False, "on"), (False, "off")):
-        given = {"num_images": 8, "batch_size": 4, "strips": False}
-        task = train_generator.TrainGenerator
-        task(task.Params(**given, cache=kept, compile=compile)).run(run)
+        trained(
+            lambda fit: within.append("encode" in vars(autoencoder)), cache=kept, compile=compile
+        )
     assert within == [False, True, False] and "encode" not in vars(autoencoder)
 
 
 @pytest.mark.parametrize(("kept", "sizes"), [(False, [4, 4, 2]), (True, [])])
-def test_as_many_are_encoded_at_once_in_validation_as_in_a_step(run, monkeypatch, kept, sizes):
+def test_as_many_are_encoded_at_once_in_validation_as_in_a_step(run, trained, kept, sizes):
     def loss(prepared, labels):
         return sandbox.Losses(prepared.float().mean(), {})
 
-    def train(fit):
+    def validate(fit):
         run.tokenizer.called.clear()
         fit.validate()
-        return {"images_seen": 0}
 
-    monkeypatch.setattr(train_generator, "train", train)
-    run.generator.network, run.save_weights = nn.Linear(1, 1), lambda *words, **named: None
     run.generator.loss = loss
-    given = {"num_images": 8, "batch_size": 8, "accumulate": 2, "strips": False, "cache": kept}
-    train_generator.TrainGenerator(train_generator.TrainGenerator.Params(**given)).run(run)
+    trained(validate, cache=kept, accumulate=2)
     assert [size for size, _ in run.tokenizer.called] == sizes
 
 

@@ -24,9 +24,10 @@ HOW = {
     "share_of_matmul": "FLOPs a second of the whole generation (decoding included) over those of "
     "the matrix product in the same precision, or in float32 where that is faster here",
     "share_of_copy": "those bytes a second over those a copy reads and writes",
-    "split": "by marks before and after each part's methods, in calls of their own, which no CUDA "
-    "graph replays; `rest` is what is left of those calls' whole; on a GPU, waiting for launches "
-    "counts where it happens, which is most of it in small batches",
+    "split": "by marks before and after each part's methods, in calls of their own; of a recorded "
+    "generation within a recording of its own, set anew by every replay; `rest` is what is left of "
+    "those calls' whole; where nothing is recorded on a GPU, waiting for launches counts where it "
+    "happens",
     "seconds": "of a generation, from call to image with nothing else on the device; encoding, "
     "decoding and training in calls one after the other without waiting between, as in bulk; after "
     "half a second of such calls or more on a GPU, which is slower at first",
